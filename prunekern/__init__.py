@@ -1,0 +1,1 @@
+"""prunekern: structured pruning, proven, and lowered to GEMMs."""
