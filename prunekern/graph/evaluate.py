@@ -1,0 +1,70 @@
+"""Run a Graph node by node on real tensors: the masked reference, calibration and per-layer checks use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from prunekern.core.graph import Graph
+
+Before = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
+After = Callable[[fx.Node, Any], None]
+
+
+def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any],
+             before: Before | None = None, after: After | None = None, out_of_place: bool = False) -> list[Any]:
+    """The flat outputs of the traced network with its state taken from ``tensors``.
+
+    before(node, args) may replace a call's positional arguments; after(node, value) sees every result.
+    out_of_place replaces in-place operators by their pure forms (needed for gradients through them).
+    Values are freed after their last use. The given state is never written: in-place calls on it are made
+    on a copy.
+    """
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    given = dict(zip(graph.inputs, leaves, strict=True))
+    last = {arg: node for node in graph.nodes for arg in node.all_input_nodes}
+    env: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = graph.state.get(node.name)
+            env[node] = given[node.name] if name is None else tensors[name]
+        elif node.op == "output":
+            return list(fx.node.map_arg(node.args[0], env.__getitem__))
+        else:
+            env[node] = _call(node, env, before, out_of_place)
+        if after is not None:
+            after(node, env[node])
+        for arg in node.all_input_nodes:
+            if last[arg] is node:
+                del env[arg]
+    raise AssertionError("a graph ends with its output")
+
+
+def _call(node: fx.Node, env: dict[fx.Node, Any], before: Before | None, out_of_place: bool) -> Any:
+    call_args, call_kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+    if before is not None:
+        call_args = before(node, call_args)
+    target = pure(node.target) if out_of_place else node.target
+    first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and first.op == "placeholder" and target is node.target and mutates(target):
+        call_args = (call_args[0].clone(), *call_args[1:])   # nobody's tensors are written, not even inputs
+        env[first] = call_args[0]
+    return target(*call_args, **call_kwargs)
+
+
+def mutates(target: Any) -> bool:
+    """Whether an operator writes to its first argument."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def pure(target: Any) -> Any:
+    """The form of an in-place operator that leaves its argument alone (itself where it already does)."""
+    if not mutates(target):
+        return target
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, target._overloadname, target) if packet is not None else target

@@ -1,0 +1,254 @@
+"""Capture a model as a Graph: torch.export (non-strict) with a free batch, with two honest fallbacks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim as ExportDim
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from prunekern.core.graph import Dim, Graph
+from prunekern.errors import InputError, ModelError, TraceError
+from prunekern.graph.inputs import Call, as_call
+
+LABEL_BATCH = 2
+
+
+def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -> Graph:
+    """Capture ``model``'s forward as one graph of whole operators; the model is only read.
+
+    example_inputs: a tensor, a tuple (positional) or a dict (keyword arguments); axis 0 is the batch. The
+    batch is free in the result wherever the forward allows it; otherwise ``Graph.notes`` says so.
+
+    Raises ModelError (not a Module, training mode, NaN, mixed devices), InputError (the forward fails on the
+    inputs; the user's own error is chained) and TraceError (control flow that depends on data).
+    Source: torch.export (PyTorch 2 export, training IR); fallback: torch.fx make_fx.
+    """
+    check_model(model, allow_train)
+    call = as_call(model, example_inputs)
+    check_devices(model, call)
+    example_batch = call.batch
+    call = call.doubled()
+    with _quiet():
+        return _capture(model, call, example_batch or 1)
+
+
+def check_model(model: nn.Module, allow_train: bool = False) -> None:
+    """Refuse what cannot be pruned or proven, before any work is done."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("model is scripted (torch.jit); pass the original nn.Module it was made from.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"model is wrapped in {type(model).__name__}; pass model.module and wrap the result again.")
+    if model.training and not allow_train:
+        raise ModelError("model is in training mode, so batch norm and dropout would not be what is deployed; "
+                         "call model.eval() first.")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ModelError(f"{name!r} is on the meta device and has no values; load the weights first.")
+        if tensor.is_quantized or tensor.dtype in (torch.qint8, torch.quint8, torch.qint32):
+            raise ModelError(f"{name!r} is quantised; prune the float model, then quantise the result.")
+        if tensor.is_floating_point() and tensor.numel() and bool(torch.isnan(tensor.detach().sum())) \
+                and bool(torch.isnan(tensor.detach()).any()):
+            raise ModelError(f"{name!r} holds NaN, so no importance or proof means anything; repair the weights.")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise ModelError(f"{name!r} is a quantised module; prune the float model, then quantise the result.")
+
+
+def check_devices(model: nn.Module, call: Call) -> None:
+    """Model and inputs on one device."""
+    devices = {t.device for t in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1:
+        raise ModelError(f"the model's tensors are on {sorted(map(str, devices))}; move it to one device.")
+    for name, tensor in call.named_tensors():
+        if devices and tensor.device not in devices:
+            raise InputError(f"input {name!r} is on {tensor.device}, the model on {next(iter(devices))}; "
+                             f"move one of them, e.g. inputs.to({str(next(iter(devices)))!r}).")
+
+
+def _capture(model: nn.Module, call: Call, example_batch: int) -> Graph:
+    failures: list[Exception] = []
+    for spec, note in ((call.dynamic_shapes(model, ExportDim.DYNAMIC), ()),
+                       (None, ("the forward fixes its batch size; the graph holds for "
+                               f"batch {call.batch} only",))):
+        if spec is None and not failures and call.batch is not None:
+            continue
+        try:
+            program = torch.export.export(model, call.args, dict(call.kwargs), strict=False, dynamic_shapes=spec)
+            return _from_export(model, program, call, example_batch, note)
+        except _NotAffine as error:
+            failures.append(error)
+        except Exception as error:  # noqa: BLE001 - whatever export raises, the next way is tried
+            failures.append(error)
+    return _fallback(model, call, example_batch, failures)
+
+
+def _fallback(model: nn.Module, call: Call, example_batch: int, failures: list[Exception]) -> Graph:
+    try:
+        with torch.no_grad():
+            model(*call.args, **call.kwargs)
+    except Exception as error:
+        raise InputError(f"{type(model).__name__}.forward fails on the example inputs ({call}): "
+                         f"{type(error).__name__}: {error}. Pass inputs that the model accepts.") from error
+    try:
+        return _from_make_fx(model, call, example_batch)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be captured as one graph: {_first_line(failures[-1])}. "
+            "Its forward depends on the data; make that part a function of shapes only, or compress the "
+            "submodules that do not, e.g. prunekern.compress(model.backbone, ...).") from error
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error, with the line of the user's code that export blames, if any."""
+    text = str(error).strip()
+    head = text.splitlines()[0] if text else type(error).__name__
+    blame = [line.strip() for line in text.splitlines() if 'File "' in line and "/torch/" not in line]
+    return f"{type(error).__name__}: {head}" + (f" ({blame[-1]})" if blame else "")
+
+
+class _NotAffine(Exception):
+    """A size is not of the form a * batch + b."""
+
+
+class _Sizes:
+    """Turns the symbolic sizes of one trace into Dims."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.cache: dict[Any, Dim] = {}
+        self.batch = batch
+
+    def dim(self, size: Any) -> Dim:
+        if not isinstance(size, torch.SymInt):
+            return Dim(0, int(size))
+        expr = size.node.expr
+        if expr not in self.cache:
+            first, second, third = (
+                int(expr.xreplace({s: n for s in expr.free_symbols}))
+                for n in (2, 4, 6))
+            scale = (second - first) // 2
+            if third - second != second - first or (second - first) % 2:
+                raise _NotAffine(f"size {expr} is not a multiple of the batch")
+            self.cache[expr] = Dim(scale, first - 2 * scale)
+        return self.cache[expr]
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(self.dim(size) for size in value.shape)
+        if isinstance(value, (list, tuple)):
+            return [self.of(item) for item in value]
+        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+            return self.dim(value)
+        return value
+
+
+def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: Call, example_batch: int,
+                 notes: tuple[str, ...]) -> Graph:
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
+             **signature.inputs_to_lifted_tensor_constants}
+    canonical, tied, tensors = _tensors(model)
+    constants: set[str] = set()
+    state: dict[str, str] = {}
+    for placeholder, name in named.items():
+        if name in canonical:
+            state[placeholder] = canonical[name]
+        else:
+            state[placeholder] = name
+            tensors[name] = program.constants[name]
+            constants.add(name)
+    inputs = tuple(node.name for node in program.graph.nodes if node.op == "placeholder" and node.name not in state)
+    free = not notes and call.batch is not None
+    sizes = _Sizes(call.batch)
+    dims = {node.name: sizes.of(node.meta.get("val")) for node in program.graph.nodes if node.op != "output"}
+    return Graph(fx=program.graph, state=state, tensors=tensors, tied=tied, constants=frozenset(constants),
+                 inputs=inputs, dims=dims, in_spec=program.call_spec.in_spec, out_spec=program.call_spec.out_spec,
+                 args=call.args, kwargs=dict(call.kwargs), free_batch=free,
+                 batch=LABEL_BATCH if free else (call.batch or 1), example_batch=example_batch, notes=notes)
+
+
+def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
+    canonical, tied, tensors = _tensors(model)
+    names = [name for name in canonical if canonical[name] == name]
+    leaves, in_spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
+    out_spec: list[Any] = []
+
+    def run(state: dict[str, Tensor], leaves: list[Any]) -> Any:
+        args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+        out = torch.func.functional_call(model, state, args, kwargs)
+        flat, spec = pytree.tree_flatten(out)
+        out_spec.append(spec)
+        return flat
+
+    with torch.no_grad():
+        module = make_fx(run, tracing_mode="real", pre_dispatch=True)({n: tensors[n].detach() for n in names}, leaves)
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    state = {node.name: name for node, name in zip(placeholders, names, strict=False)}
+    constants = _lift_attributes(module, graph, state, tensors)
+    for node in list(graph.nodes):
+        if str(node.target) == "aten.detach.default":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    sizes = _Sizes(None)
+    dims = {node.name: sizes.of(node.meta.get("val")) for node in graph.nodes if node.op != "output"}
+    dims.update({p: tuple(Dim(0, n) for n in tensors[name].shape) for p, name in state.items()})
+    inputs = tuple(node.name for node in placeholders[len(names):])
+    return Graph(fx=graph, state=state, tensors=tensors, tied=tied, constants=constants, inputs=inputs, dims=dims,
+                 in_spec=in_spec, out_spec=out_spec[-1], args=call.args, kwargs=dict(call.kwargs), free_batch=False,
+                 batch=call.batch or 1, example_batch=example_batch,
+                 notes=("torch.export refused this forward; it was recorded on the example input instead, so the "
+                        "branch taken there is assumed and the batch is fixed",))
+
+
+def _lift_attributes(module: fx.GraphModule, graph: fx.Graph, state: dict[str, str],
+                     tensors: dict[str, Tensor]) -> frozenset[str]:
+    """Tensors that make_fx stored as attributes become placeholders, as torch.export has them."""
+    constants = set()
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        value = getattr(module, str(node.target))
+        with graph.inserting_before(next(iter(graph.nodes))):
+            placeholder = graph.placeholder(f"c_{node.target}".replace(".", "_"))
+        placeholder.meta["val"] = value
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        state[placeholder.name] = str(node.target)
+        tensors[str(node.target)] = value
+        constants.add(str(node.target))
+    return frozenset(constants)
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, str], dict[str, str], dict[str, Tensor]]:
+    """(every name -> canonical name, tied name -> canonical name, canonical name -> tensor)."""
+    canonical: dict[str, str] = {}
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        canonical[name] = first.setdefault(id(tensor), name)
+        tensors.setdefault(canonical[name], tensor)
+    return canonical, {n: c for n, c in canonical.items() if n != c}, tensors
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export's own log lines and deprecation warnings tell a user nothing."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
