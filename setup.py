@@ -1,0 +1,123 @@
+"""Builds the C++ extension `prunekern._C`, which is optional; all else about the package is in pyproject.toml.
+
+PRUNEKERN_BUILD=none   pure Python
+PRUNEKERN_BUILD=cpp    the CPU kernels (what happens by default)
+PRUNEKERN_BUILD=cuda   the CPU and the CUDA kernels; this version has no CUDA sources, says so, and builds cpp
+
+Where the extension cannot be built (no compiler, no torch, a compile error) the install goes on without it. The
+reason is printed, and kept in `prunekern/_C.reason`, from where `prunekern.kernels.unavailable()` reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
+
+MODES = ("none", "cpp", "cuda")
+REBUILD = "PRUNEKERN_BUILD=cpp pip install --no-build-isolation"
+
+
+def say(text: str) -> None:
+    print(f"prunekern: {text}", file=sys.stderr, flush=True)
+
+
+def build_mode() -> str:
+    mode = os.environ.get("PRUNEKERN_BUILD", "cpp")
+    if mode not in MODES:
+        raise SystemExit(f"prunekern: PRUNEKERN_BUILD={mode!r} is not known; use one of {', '.join(MODES)}.")
+    return mode
+
+
+def find_compiler() -> str | None:
+    """The first C++ compiler on PATH: what CXX asks for, else what Python was built with, else the usual ones."""
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
+    return next((name for name in names if name.split() and shutil.which(name.split()[0])), None)
+
+
+class OptionalBuildExt(build_ext):
+    """`build_ext` that leaves the extension out, with its reason, instead of failing the install."""
+
+    def build_extension(self, ext: Extension) -> None:
+        reason = self.obstacle()
+        if reason is None:
+            try:
+                self.add_torch(ext)
+                super().build_extension(ext)
+            except (BaseError, CCompilerError, OSError) as error:
+                reason = (
+                    f"the extension did not compile ({error}); add -v to the pip command for the compiler's output"
+                )
+        self.note(reason)
+        if reason is None:
+            say("C++ extension built.")
+            return
+        # An older binary would be used with sources that it was not made from.
+        for stale in (self.get_ext_fullpath(ext.name), self.in_source(ext)):
+            Path(stale).unlink(missing_ok=True)
+        say(f"NOTE: pure-Python install: {reason}. Everything works, some CPU paths are slower.")
+
+    def obstacle(self) -> str | None:
+        """Why nothing can be compiled, or None."""
+        mode = build_mode()
+        if mode == "none":
+            return "PRUNEKERN_BUILD=none was asked for"
+        if mode == "cuda":
+            say("NOTE: this version has no CUDA sources; building the CPU extension only.")
+        if (compiler := find_compiler()) is None:
+            return f"no C++ compiler was found; install one (or set CXX), then: {REBUILD}"
+        os.environ.setdefault("CXX", compiler)
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            return f"torch cannot be imported during the build ({error}); install torch first, then: {REBUILD}"
+        return None
+
+    def add_torch(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        ext.include_dirs += include_paths()
+        ext.library_dirs += library_paths()
+
+    def in_source(self, ext: Extension) -> Path:
+        return Path("prunekern") / Path(self.get_ext_filename(ext.name)).name
+
+    def note(self, reason: str | None) -> None:
+        folders = [Path(self.build_lib) / "prunekern"]
+        if self.inplace or self.editable_mode:
+            folders.append(Path("prunekern"))
+        for folder in folders:
+            file = folder / "_C.reason"
+            file.unlink(missing_ok=True)
+            if reason is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                file.write_text(reason + "\n", encoding="utf-8")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "prunekern._C",
+            sources=sorted(str(path) for pattern in ("*.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern)),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # torch 2.11's stable ABI
+                ("Py_LIMITED_API", "0x030b0000"),
+            ],
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"],
+            libraries=["torch_cpu"],
+            language="c++",
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": OptionalBuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
