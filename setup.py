@@ -1,11 +1,11 @@
-"""Builds the C++ extension `prunekern._C`, which is optional; all else about the package is in pyproject.toml.
+"""Builds the optional C++ extension `prunekern._C`; all else about the package is in pyproject.toml.
 
 PRUNEKERN_BUILD=none   pure Python
 PRUNEKERN_BUILD=cpp    the CPU kernels (what happens by default)
 PRUNEKERN_BUILD=cuda   the CPU and the CUDA kernels; this version has no CUDA sources, says so, and builds cpp
 
-Where the extension cannot be built (no compiler, no torch, a compile error) the install goes on without it. The
-reason is printed, and kept in `prunekern/_C.reason`, from where `prunekern.kernels.unavailable()` reads it.
+Where the extension cannot be built (no compiler, no torch, a compile error) the install goes on without it.
+The reason is printed, and kept in `prunekern/_C.reason`, where `prunekern.kernels.unavailable()` finds it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def build_mode() -> str:
 
 
 def find_compiler() -> str | None:
-    """The first C++ compiler on PATH: what CXX asks for, else what Python was built with, else the usual ones."""
+    """The C++ compiler on PATH: what CXX asks for, else what Python was built with, else the usual ones."""
     wanted = os.environ.get("CXX")
     names = [wanted] if wanted else [sysconfig.get_config_var("CXX") or "c++", "c++", "g++", "clang++"]
     return next((name for name in names if name.split() and shutil.which(name.split()[0])), None)
@@ -52,9 +52,7 @@ class OptionalBuildExt(build_ext):
                 self.add_torch(ext)
                 super().build_extension(ext)
             except (BaseError, CCompilerError, OSError) as error:
-                reason = (
-                    f"the extension did not compile ({error}); add -v to the pip command for the compiler's output"
-                )
+                reason = f"the extension did not compile ({error}); pip's -v shows the compiler's output"
         self.note(reason)
         if reason is None:
             say("C++ extension built.")
@@ -77,7 +75,7 @@ class OptionalBuildExt(build_ext):
         try:
             import torch  # noqa: F401
         except ImportError as error:
-            return f"torch cannot be imported during the build ({error}); install torch first, then: {REBUILD}"
+            return f"torch cannot be imported by the build ({error}); install torch, then: {REBUILD}"
         return None
 
     def add_torch(self, ext: Extension) -> None:
@@ -105,8 +103,8 @@ setup(
     ext_modules=[
         Extension(
             "prunekern._C",
-            sources=sorted(str(path) for pattern in ("*.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern)),
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            sources=sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
+            depends=sorted(map(str, Path("csrc").rglob("*.h"))),
             define_macros=[
                 ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # torch 2.11's stable ABI
                 ("Py_LIMITED_API", "0x030b0000"),

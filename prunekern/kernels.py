@@ -1,12 +1,11 @@
 """The Python face of the C++ extension: each operator beside its plain-torch reference.
 
-The extension is optional. An operator here runs its C++ kernel where that is built and takes the input, and its
-reference otherwise; both give the same bits.
+The extension is optional. An operator here runs its C++ kernel where that is built and takes the input, and
+its reference otherwise; both give the same bits.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -20,30 +19,25 @@ from prunekern.errors import InputError
 _CPP_DTYPES = (torch.float32, torch.float64)
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """Why the C++ operators cannot be used here, or None when they can.
+_REBUILD = "PRUNEKERN_BUILD=cpp pip install --no-build-isolation, with torch installed before"
 
-    The first call loads the extension, which registers `torch.ops.prunekern`.
-    """
+
+def unavailable() -> str | None:
+    """Why the C++ operators (`torch.ops.prunekern`) cannot be used here, or None when they can."""
+    return _REASON
+
+
+def _load() -> str | None:
     try:
         importlib.import_module("prunekern._C")
     except ModuleNotFoundError:
-        return _not_built()
+        note = Path(__file__).with_name("_C.reason")
+        why = note.read_text(encoding="utf-8").strip() if note.is_file() else f"build it: {_REBUILD}"
+        return f"the C++ extension is not built: {why}"
     except (ImportError, OSError) as error:
         return f"the C++ extension does not load here ({error}); rebuild it: {_REBUILD}"
     torch.library.register_fake("prunekern::im2col_nhwc", _im2col_nhwc_fake)
     return None
-
-
-_REBUILD = "PRUNEKERN_BUILD=cpp pip install --no-build-isolation, with torch installed before"
-
-
-def _not_built() -> str:
-    note = Path(__file__).with_name("_C.reason")
-    if note.is_file():
-        return f"the C++ extension is not built: {note.read_text(encoding='utf-8').strip()}"
-    return f"the C++ extension is not built; build it: {_REBUILD}"
 
 
 def im2col_nhwc(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
@@ -56,8 +50,8 @@ def im2col_nhwc(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilatio
         dilation: step between a window's taps.
 
     Returns:
-        `[N * prod(out), prod(kernel) * C]` with `out = (in - dilation * (kernel - 1) - 1) // stride + 1`. Rows run
-        over (n, *out), columns over (*kernel, c). May share memory with `x` where the rows lie there already.
+        `[N * prod(out), prod(kernel) * C]`, `out = (in - dilation * (kernel - 1) - 1) // stride + 1`. Rows
+        run over (n, *out), columns over (*kernel, c). May share memory with `x`.
 
     Raises:
         InputError: ranks do not match, a geometry entry is below 1, or a window is larger than the input.
@@ -73,8 +67,10 @@ def im2col_nhwc(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilatio
     return patches
 
 
-def im2col_nhwc_ref(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """`im2col_nhwc` in plain torch: a strided view, copied once by `reshape`. Any number of spatial dimensions."""
+def im2col_nhwc_ref(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """`im2col_nhwc` in plain torch: a strided view, copied by `reshape`."""
     out = output_size(x.shape, kernel, stride, dilation)
     batch, *spatial, channel = x.stride()
     view = x.as_strided(
@@ -105,13 +101,14 @@ def output_size(
         )
     if min(*kernel, *stride, *dilation) < 1:
         raise InputError(
-            f"im2col_nhwc: kernel {list(kernel)}, stride {list(stride)}, dilation {list(dilation)}: every entry "
-            "must be at least 1."
+            f"im2col_nhwc: kernel {list(kernel)}, stride {list(stride)}, dilation {list(dilation)}: "
+            "every entry must be at least 1."
         )
     extent = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     if any(e > size for e, size in zip(extent, spatial, strict=True)):
         raise InputError(
-            f"im2col_nhwc: the window covers {list(extent)}, the padded input has only {list(spatial)}; pad it more."
+            f"im2col_nhwc: the window covers {list(extent)}, the padded input has only {list(spatial)}; "
+            "pad it more."
         )
     return tuple((size - e) // s + 1 for size, e, s in zip(spatial, extent, stride, strict=True))
 
@@ -132,3 +129,6 @@ def _cpp_takes(x: Tensor, kernel: list[int], stride: list[int], dilation: list[i
 def _im2col_nhwc_fake(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
     out = output_size(x.shape, kernel, stride, dilation)
     return x.new_empty(x.shape[0] * math.prod(out), math.prod(kernel) * x.shape[-1])
+
+
+_REASON = _load()

@@ -35,20 +35,25 @@ Window make_window(const char* axis, int64_t input, int64_t kernel, int64_t stri
   return {kernel, stride, dilation, input, (input - extent) / stride + 1};
 }
 
-// A patch's rows of channels are contiguous in the input; along W as well when neighbouring taps touch.
-// memcpy's call costs more than a short run, so those are copied in place.
+// Short runs are copied in place, where memcpy's call would cost more than the copy. Long ones go in pieces: from
+// 2 KiB on memcpy turns to string instructions, which write a matrix larger than the cache markedly slower.
 template <typename T>
 inline void copy_run(T* to, const T* from, int64_t count) {
-  constexpr int64_t kShort = 64 / sizeof(T);
-  if (count > kShort) {
-    std::memcpy(to, from, count * sizeof(T));
-  } else {
+  constexpr int64_t kShort = 64 / sizeof(T), kLong = 1536 / sizeof(T);
+  if (count <= kShort) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    return;
   }
+  const int64_t pieces = (count + kLong - 1) / kLong, piece = (count + pieces - 1) / pieces;
+  for (; count > piece; count -= piece, to += piece, from += piece) {
+    std::memcpy(to, from, piece * sizeof(T));
+  }
+  std::memcpy(to, from, count * sizeof(T));
 }
 
 template <typename T>
 void im2col(const T* x, T* out, int64_t batch, int64_t channels, const Window& h, const Window& w) {
+  // A tap's channels are contiguous in x, and so are a window row's taps when they touch.
   const bool touching = w.dilation == 1;
   const int64_t run = touching ? w.kernel * channels : channels;
   const int64_t runs = touching ? 1 : w.kernel;

@@ -30,7 +30,9 @@ GEOMETRIES = [
 ]
 
 
-def patches_by_loop(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def patches_by_loop(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
     """One patch at a time, by the definition."""
     rows = []
     out = kernels.output_size(x.shape, kernel, stride, dilation)
@@ -69,7 +71,8 @@ def test_reference_equals_definition(geometry: tuple) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_reference_times_weight_is_convolution(rank: int) -> None:
-    spatial, kernel, stride, dilation = (11, 9, 7)[:rank], (3, 2, 3)[:rank], (2, 1, 1)[:rank], (1, 3, 2)[:rank]
+    spatial, kernel = (11, 9, 7)[:rank], (3, 2, 3)[:rank]
+    stride, dilation = (2, 1, 1)[:rank], (1, 3, 2)[:rank]
     x = torch.randn(2, *spatial, 5, dtype=torch.float64)
     weight = torch.randn(4, 5, *kernel, dtype=torch.float64)
     conv = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
@@ -181,12 +184,12 @@ def test_unavailable_tells_why(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Non
 
     monkeypatch.setattr(kernels.importlib, "import_module", missing)
     monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
-    assert "PRUNEKERN_BUILD=cpp" in kernels.unavailable.__wrapped__()
+    assert "PRUNEKERN_BUILD=cpp" in kernels._load()
     (tmp_path / "_C.reason").write_text("no C++ compiler was found\n")
-    assert kernels.unavailable.__wrapped__().endswith("not built: no C++ compiler was found")
+    assert kernels._load().endswith("not built: no C++ compiler was found")
 
     def broken(name: str) -> None:
         raise ImportError("undefined symbol: torch_parallel_for")
 
     monkeypatch.setattr(kernels.importlib, "import_module", broken)
-    assert "undefined symbol" in kernels.unavailable.__wrapped__()
+    assert "undefined symbol" in kernels._load()

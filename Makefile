@@ -1,0 +1,74 @@
+# `make demo` and `make test` set up everything they need from a bare clone; `make help` lists the targets.
+
+PYTHON   ?= python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+PIP      := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Options for pip, such as another package index; TEST and BENCH take arguments for pytest.
+PIPFLAGS ?=
+TEST     ?=
+BENCH    ?=
+WORKERS  ?= 2
+
+SOURCES  := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+READY    := $(VENV)/.ready
+LINTERS  := $(VENV)/.linters
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fix bench gpu-check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY)  ## train, prune, prove, lower and report the Fashion-MNIST network
+	$(BIN)/prunekern run fashion-mnist
+
+test: $(READY)  ## run the tests (TEST="tests/unit -k im2col" for some of them)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST)
+
+check: $(READY) $(LINTERS)  ## lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(READY) $(LINTERS)  ## repair what the linter can repair
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## measure: latency table, then the pytest-benchmark suites
+	$(BIN)/python bench/latency.py --device cpu
+	$(BIN)/python -m pytest bench --benchmark-only $(BENCH)
+
+# The machine's own Python, torch and triton: nothing is installed, and pytest may be missing.
+gpu-check: export PYTHONPATH := $(CURDIR)
+gpu-check:  ## test and measure on this machine's GPU, with its own Python
+	@reason=$$($(PYTHON) -c 'import torch; print("" if torch.cuda.is_available() else "torch finds no CUDA device")' 2>&1 \
+	    | tail -n 1); \
+	if [ -n "$$reason" ]; then echo "gpu-check: SKIPPED, nothing was checked: $$reason."; exit 0; fi; \
+	set -e; \
+	if ! $(PYTHON) -c 'import pytest' 2>/dev/null; then echo "gpu-check: tests skipped: $(PYTHON) has no pytest."; \
+	elif [ ! -d tests/gpu ]; then echo "gpu-check: tests skipped: this version has none in tests/gpu."; \
+	else $(PYTHON) -m pytest -m gpu tests/gpu; fi; \
+	$(PYTHON) bench/latency.py --device cuda
+
+setup: $(READY)  ## create .venv and install the package into it
+
+$(READY): $(SOURCES)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	    sys.exit(0 if v >= (3, 11) else "prunekern needs Python 3.11 or newer, and $(PYTHON) is %d.%d. " \
+	    "Name another: make PYTHON=python3.12 ..." % v[:2])'
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "No virtual environment could be made: install Python's venv module (python3-venv on Debian)."; exit 1; }
+	@echo "Installing torch and the package into $(VENV) ..."
+	@$(PIP) $(PIPFLAGS) torch 'setuptools>=77' wheel
+	@$(PIP) $(PIPFLAGS) --no-build-isolation -e '.[test,report]'
+	@$(BIN)/python -c 'from prunekern.kernels import unavailable as why; \
+	    print("C++ extension:", why() or "built and loaded")'
+	@touch $@
+
+$(LINTERS): constraints.txt $(READY)
+	@$(PIP) $(PIPFLAGS) ruff mypy
+	@touch $@
+
+clean:  ## remove what was built and cached, but not the data, reports or .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
+	rm -f prunekern/_C*.so prunekern/_C.reason
+	find prunekern tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
