@@ -179,16 +179,17 @@ class Tape:
 
     def elementwise(self, node: fx.Node, operands: Sequence[Any], out: Shape | None = None) -> Planes:
         """Broadcasting elementwise combination: unify what runs together, never across a broadcast axis."""
-        out = self.shape(node) if out is None else out
+        pairs = [(self.planes(arg), self.shape(arg)) for arg in operands if self.graph.is_tensor(arg)]
+        return self.combine(node, pairs, self.shape(node) if out is None else out)
+
+    def combine(self, node: fx.Node, operands: Iterable[tuple[Iterable[Plane], Shape]], out: Shape) -> Planes:
+        """``elementwise`` on (planes, shape) pairs, for operators that first change the shape of their operands."""
         result: list[Plane] = []
         covered: frozenset[int] = frozenset()
-        for operand in operands:
-            if not isinstance(operand, fx.Node) or not self.graph.is_tensor(operand):
-                continue
-            shape = self.shape(operand)
+        for planes, shape in operands:
             shift = len(out) - len(shape)
             full = frozenset(shift + a for a, size in enumerate(shape) if size > 1)
-            result = self._merge(node, result, covered, [p.expand(out) for p in self.planes(operand)], full)
+            result = self._merge(node, result, covered, [p.expand(out) for p in planes], full)
             covered |= full
         return tuple(result)
 

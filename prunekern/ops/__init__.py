@@ -1,1 +1,9 @@
+"""Operator rules, one family a file. ``REGISTRY`` finds the rule of an operator."""
 
+from __future__ import annotations
+
+from prunekern.core.rule import Registry
+from prunekern.ops import contraction, elementwise, movement, norm, spatial
+
+FAMILIES = (contraction, norm, elementwise, spatial, movement)
+REGISTRY = Registry(rule for family in FAMILIES for rule in family.RULES)

@@ -1,0 +1,209 @@
+"""Contractions with weights: convolutions, transposed convolutions, linear layers, embeddings; matmul."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunekern.core.graph import ShapeOf
+from prunekern.core.labels import Planes, Tape, spread
+from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
+
+
+def channel_axis(node: fx.Node, tape_shape: ShapeOf) -> int:
+    """Axis of the channels of a convolution's input: 1 with a batch, 0 without."""
+    weight, x = node.args[1], node.args[0]
+    return len(tape_shape(x)) - len(tape_shape(weight)) + 1  # type: ignore[arg-type]
+
+
+class Convolution(OpRule):
+    """conv1d/2d/3d with stride, padding (also strings), dilation and groups. Weight [O, I/g, k...]."""
+
+    matches = aten("conv1d", "conv2d", "conv3d")
+    group_index = 6
+    rows_axis, table_axis = 0, 1     # the axis cut into groups, and the axis that each group has of its own
+    samples = (
+        Sample(lambda: nn.Conv2d(6, 8, 3), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv2d(6, 13, 3, stride=2, padding=1, bias=False), ((2, 6, 9, 8),)),
+        Sample(lambda: nn.Conv2d(6, 9, (1, 3), padding="same", dilation=(1, 2)), ((2, 6, 7, 9),)),
+        Sample(lambda: nn.Conv2d(6, 7, 3, padding="valid"), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv2d(6, 7, 2, padding="same"), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv2d(1, 5, 3), ((2, 1, 7, 7),), prunable=False),
+        Sample(lambda: nn.Conv2d(6, 1, 3), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv2d(13, 37, 1), ((1, 13, 5, 5),)),
+        Sample(lambda: nn.Conv2d(6, 5, 3, padding=2, padding_mode="reflect"), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Conv1d(6, 8, 3, padding=2, dilation=2), ((2, 6, 11),)),
+        Sample(lambda: nn.Conv1d(6, 6, 4, stride=3, groups=2), ((2, 6, 11),)),
+        Sample(lambda: nn.Conv3d(6, 4, (1, 2, 3), padding=(0, 1, 1)), ((2, 6, 4, 5, 5),)),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+        groups = argument(node, self.group_index, "groups", 1)
+        axis = channel_axis(node, tape.shape)
+        source, rest = tape.consume(node, x, axis)  # type: ignore[arg-type]
+        for plane in rest:                # only the batch axis passes a convolution untouched
+            tape.freeze(node, plane, "its positions are mixed by a convolution")
+        self._freeze_kernel(node, tape, weight)
+        if groups == 1:
+            tape.tie(node, source, tape.axis(node, weight, self._in_axis))
+            out = tape.axis(node, weight, self._out_axis)
+        else:
+            out = self._grouped(node, tape, source, weight, groups)
+        if isinstance(bias, fx.Node):
+            tape.tie(node, out, tape.axis(node, bias, 0))
+        tape.give(node, () if out is None else (spread(out, axis, tape.shape(node)),))
+
+    _in_axis, _out_axis = 1, 0
+
+    def _freeze_kernel(self, node: fx.Node, tape: Tape, weight: Any) -> None:
+        for plane in tape.planes(weight):
+            if plane.stride(0) == 0 and plane.stride(1) == 0:
+                tape.freeze(node, plane)
+
+    def _grouped(self, node: fx.Node, tape: Tape, source: Tensor | None, weight: Any, groups: int) -> Tensor | None:
+        """Row r of the input feeds row r of the output only; every row must keep as many channels."""
+        rows = tape.axis(node, weight, self.rows_axis)         # cut into groups: [g * n]
+        name = tape.graph.fqn(weight)
+        per_group = tape.shape(weight)[self.table_axis]
+        far = source if self._in_axis == 1 else None           # the side that each group has of its own
+        if self._in_axis == 0:                                  # transposed: the output side is the table
+            tape.tie(node, source, rows)
+            far = tape.fresh(groups * per_group)
+        if rows is None or far is None or name is None:
+            for labels in (rows, far):
+                if labels is not None:
+                    tape.freeze(node, labels, "a grouped convolution on fixed channels")
+            return rows if self._in_axis == 1 else far
+        rows_table, far_table = rows.view(groups, -1), far.view(groups, -1)
+        if per_group == 1 or rows_table.shape[1] == 1:
+            tape.unify(rows_table, far_table[:, :1])           # a group is one channel: it leaves as a whole
+            tape.unify(far_table, far_table[:, :1])
+        else:
+            tape.balanced += [rows_table, far_table]
+        if per_group > 1:
+            tape.tables[name, self.table_axis] = far_table
+        return rows if self._in_axis == 1 else far
+
+    def macs(self, node: fx.Node, shape: ShapeOf) -> int:
+        out, weight = shape(node), shape(node.args[1])  # type: ignore[arg-type]
+        spatial = len(weight) - 2
+        batch = out[0] if len(out) == spatial + 2 else 1
+        return batch * numel(out[-spatial:]) * numel(weight)
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        axis = channel_axis(node, shape)
+        weight, channels = shape(node.args[1]), shape(node.args[0])[axis]  # type: ignore[arg-type]
+        return {"in_channels": channels, "out_channels": shape(node)[axis],
+                "groups": channels // weight[1] if self._in_axis == 1 else shape(node)[axis] // weight[1]}
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        groups = argument(node, self.group_index, "groups", 1)
+        new = self.attributes(node, sizes.new)["groups"]
+        if groups == 1 or new == groups:
+            return None
+        if self.group_index < len(node.args):
+            args = list(node.args)
+            args[self.group_index] = new
+            return node.target, tuple(args), dict(node.kwargs)
+        return node.target, tuple(node.args), {**node.kwargs, "groups": new}
+
+
+class TransposedConvolution(Convolution):
+    """conv_transpose1d/2d/3d. Weight [I, O/g, k...]; every input pixel is multiplied with the whole kernel."""
+
+    matches = aten("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+    _in_axis, _out_axis = 0, 1
+    samples = (
+        Sample(lambda: nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.ConvTranspose2d(6, 5, 2, stride=2, bias=False), ((2, 6, 5, 4),)),
+        Sample(lambda: nn.ConvTranspose2d(6, 4, 3, groups=2, dilation=2), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.ConvTranspose2d(6, 6, 3, groups=6), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.ConvTranspose1d(6, 7, 4, stride=2), ((2, 6, 5),)),
+        Sample(lambda: nn.ConvTranspose3d(6, 3, 2, stride=2), ((2, 6, 3, 3, 3),)),
+    )
+
+    def macs(self, node: fx.Node, shape: ShapeOf) -> int:
+        x, weight = shape(node.args[0]), shape(node.args[1])  # type: ignore[arg-type]
+        spatial = len(weight) - 2
+        batch = x[0] if len(x) == spatial + 2 else 1
+        return batch * numel(x[-spatial:]) * numel(weight)
+
+
+class Linear(OpRule):
+    """linear(x [..., I], weight [O, I], bias [O])."""
+
+    matches = aten("linear")
+    samples = (
+        Sample(lambda: nn.Linear(6, 8), ((2, 6),)),
+        Sample(lambda: nn.Linear(37, 13, bias=False), ((3, 37),)),
+        Sample(lambda: nn.Linear(6, 1), ((1, 6),)),
+        Sample(lambda: nn.Linear(5, 8), ((2, 6, 5),), name="Linear over tokens"),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+        source, rest = tape.consume(node, x, -1)  # type: ignore[arg-type]
+        tape.tie(node, source, tape.axis(node, weight, 1))
+        out = tape.axis(node, weight, 0)
+        if isinstance(bias, fx.Node):
+            tape.tie(node, out, tape.axis(node, bias, 0))
+        shape = tape.shape(node)
+        planes: list[Tensor] = [p.narrow(p.dim() - 1, 0, 1).expand(shape) for p in rest]
+        if out is not None:
+            planes.append(spread(out, len(shape) - 1, shape))
+        tape.give(node, planes)
+
+    def macs(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node)) * shape(node.args[1])[1]  # type: ignore[arg-type]
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        out, inputs = shape(node.args[1])  # type: ignore[arg-type]
+        return {"in_features": inputs, "out_features": out}
+
+
+class Embedding(OpRule):
+    """embedding(weight [V, D], indices): the width D is prunable, the rows are the vocabulary and stay."""
+
+    matches = aten("embedding.default")
+    samples = (
+        Sample(lambda: nn.Embedding(11, 6), ((2, 5),), prunable=False,
+               draw=lambda shape: torch.randint(0, 11, shape)),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        weight, shape = node.args[0], tape.shape(node)
+        rows = tape.axis(node, weight, 0)
+        if rows is not None:
+            tape.freeze(node, rows)
+        tape.freeze_planes(node, tape.planes(node.args[1]), "indices are looked up")
+        width = tape.axis(node, weight, 1)
+        tape.give(node, () if width is None else (spread(width, len(shape) - 1, shape),))
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        rows, width = shape(node.args[0])  # type: ignore[arg-type]
+        return {"num_embeddings": rows, "embedding_dim": width}
+
+
+class MatMul(OpRule):
+    """matmul/bmm/mm/addmm of two activations: counted exactly; the channels that meet in it stay."""
+
+    matches = aten("matmul", "bmm", "mm", "addmm", "baddbmm")
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        for arg in node.all_input_nodes:
+            tape.freeze_planes(node, tape.planes(arg), "two activations are multiplied as matrices")
+        planes: Planes = ()
+        tape.give(node, planes)
+
+    def macs(self, node: fx.Node, shape: ShapeOf) -> int:
+        left = node.args[1] if "add" in str(node.target) else node.args[0]
+        return numel(shape(node)) * shape(left)[-1]  # type: ignore[arg-type]
+
+
+RULES: tuple[OpRule, ...] = (Convolution(), TransposedConvolution(), Linear(), Embedding(), MatMul())

@@ -1,0 +1,165 @@
+"""Elementwise operators: activations, arithmetic with broadcasting, gates, dropout, softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from prunekern.core.graph import ShapeOf
+from prunekern.core.labels import Tape, varying
+from prunekern.core.rule import OpRule, Sample, aten, numel
+
+
+class Pair(nn.Module):
+    """A sample's module out of a function."""
+
+    def __init__(self, fn: Any, label: str) -> None:
+        super().__init__()
+        self.fn, self.label = fn, label
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.fn(*args)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return self.label
+
+
+def sample(fn: Any, label: str, *shapes: tuple[int, ...], prunable: bool = True) -> Sample:
+    return Sample(lambda: Pair(fn, label), shapes, label, prunable)
+
+
+MAP = (2, 6, 5, 5)
+
+
+class Activation(OpRule):
+    """Functions of one element: what is removed takes nothing else with it."""
+
+    matches = aten(
+        "relu", "relu_", "relu6", "relu6_", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "celu_", "selu",
+        "selu_", "gelu", "gelu_", "silu", "silu_", "mish", "mish_", "hardswish", "hardswish_", "hardsigmoid",
+        "hardsigmoid_", "hardtanh", "hardtanh_", "sigmoid", "sigmoid_", "tanh", "tanh_", "softplus", "softsign",
+        "log_sigmoid", "threshold", "threshold_", "hardshrink", "softshrink", "rrelu", "rrelu_", "exp", "exp_",
+        "log", "log1p", "sqrt", "sqrt_", "rsqrt", "square", "abs", "abs_", "neg", "neg_", "sin", "cos", "erf",
+        "sign", "round", "floor", "ceil", "reciprocal", "clamp.default", "clamp_.default", "clamp_min.default",
+        "clamp_min_.default", "clamp_max.default", "clamp_max_.default", "pow.Tensor_Scalar", "pow_.Scalar",
+        "dropout", "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout", "feature_alpha_dropout",
+        "clone", "contiguous", "detach", "detach_", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy",
+        "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "isnan", "logical_not", "bitwise_not",
+        "nan_to_num", "fill_", "zero_")
+    free = ("dropout", "clone", "contiguous", "detach", "alias", "to.", "_to_copy", "type_as", "lift_fresh")
+    samples = tuple(
+        Sample(build, (MAP,)) for build in (
+            nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
+            nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid,
+            nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Dropout, nn.Dropout2d, nn.Identity,
+            lambda: nn.ReLU(inplace=True), lambda: nn.SiLU(inplace=True), lambda: nn.Hardswish(inplace=True),
+            lambda: nn.GELU(approximate="tanh"), lambda: nn.Threshold(0.1, 0.5))
+    ) + (sample(lambda x: (x * x).clamp(min=0.1).sqrt().neg().abs() ** 3, "sqrt/pow chain", MAP),)
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        tape.give(node, tape.planes(node.args[0]))
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return 0 if any(name in str(node.target) for name in self.free) else numel(shape(node))
+
+
+class PReLU(OpRule):
+    """prelu(x [N, C, ...], weight [C] or [1])."""
+
+    matches = aten("prelu")
+    samples = (Sample(lambda: nn.PReLU(6), (MAP,)), Sample(nn.PReLU, (MAP,)))
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x, weight = node.args
+        slopes = tape.axis(node, weight, 0)
+        if slopes is not None:
+            tape.tie(node, tape.along(node, tape.planes(x), 1)[0], slopes)
+        tape.give(node, tape.planes(x))
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node))
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        return {"num_parameters": shape(node.args[1])[0]}  # type: ignore[arg-type]
+
+
+class Arithmetic(OpRule):
+    """Operators of several tensors, with broadcasting: their channels run together."""
+
+    matches = aten(
+        "add.Tensor", "add.Scalar", "add_.Tensor", "add_.Scalar", "sub.Tensor", "sub.Scalar", "sub_.Tensor",
+        "sub_.Scalar", "rsub", "mul.Tensor", "mul.Scalar", "mul_.Tensor", "mul_.Scalar", "div.Tensor", "div.Scalar",
+        "div.Tensor_mode", "div_.Tensor", "div_.Scalar", "maximum", "minimum", "pow.Tensor_Tensor", "where.self",
+        "where.ScalarOther", "where.ScalarSelf", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv",
+        "atan2", "fmod", "remainder", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "bitwise_and",
+        "bitwise_or", "copy_", "clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor", "max.other", "min.other")
+    samples = (
+        sample(lambda x, y: x + y, "x + y", MAP, MAP),
+        sample(lambda x, y: x - 2 * y, "x - 2y", MAP, MAP),
+        sample(lambda x, y: x * y.sigmoid(), "channel gate", MAP, (2, 6, 1, 1)),
+        sample(lambda x, y: x * y.sigmoid(), "spatial gate", MAP, (2, 1, 5, 5)),
+        sample(lambda x, y: x / (1 + y.abs()), "x / (1 + |y|)", MAP, MAP),
+        sample(lambda x, y: torch.maximum(x, y), "maximum", MAP, MAP),
+        sample(lambda x, y: torch.where(y > 0, x, y), "where", MAP, MAP),
+        sample(lambda x: x.mul_(2).add_(1), "in-place scalars", MAP),
+        sample(lambda x: x + x.mean((2, 3), keepdim=True), "add its mean", MAP),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        tape.give(node, tape.elementwise(node, [*node.args, *node.kwargs.values()]))
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node))
+
+
+class GLU(OpRule):
+    """glu: the two halves of an axis gate each other, so their channels leave in pairs."""
+
+    matches = aten("glu")
+    samples = (sample(lambda x: functional.glu(x, 1), "glu", MAP),)
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)) % len(tape.shape(x))  # type: ignore
+        half = tape.shape(node)[axis]
+        kept = []
+        for plane in tape.planes(x):
+            first, second = plane.narrow(axis, 0, half), plane.narrow(axis, half, half)
+            if axis in varying(plane):
+                tape.unify(first, second)
+            kept.append(first)
+        tape.give(node, kept)
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return 2 * numel(shape(node))
+
+
+class Softmax(OpRule):
+    """softmax and log_softmax: channels on the normalised axis stay, others pass."""
+
+    matches = aten("softmax.int", "log_softmax.int", "_softmax", "_log_softmax")
+    samples = (
+        sample(lambda x: x.softmax(-1), "softmax over positions", MAP),
+        sample(lambda x: x.softmax(1), "softmax over channels", MAP, prunable=False),
+        sample(lambda x: x.log_softmax(1), "log_softmax over channels", MAP, prunable=False),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x, axis = node.args[:2]
+        axis %= len(tape.shape(node))  # type: ignore[operator]
+        passing = []
+        for plane in tape.planes(x):
+            if axis in varying(plane):
+                tape.freeze(node, plane, "softmax runs across these channels")
+            else:
+                passing.append(plane)
+        tape.give(node, passing)
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return 3 * numel(shape(node))
+
+
+RULES: tuple[OpRule, ...] = (Activation(), PReLU(), Arithmetic(), GLU(), Softmax())

@@ -1,0 +1,291 @@
+"""Data movement. Most of it is executed on the label planes by the very operator; no table of index maps.
+
+The rules below exist for what execution alone cannot say: which sizes in a call follow from channels, and
+which positions are new (and so free to go).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunekern.core.graph import Shape
+from prunekern.core.labels import Plane, Tape, compact, spread, varying
+from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten
+from prunekern.ops.elementwise import MAP, sample
+
+
+
+class Move(OpRule):
+    """Operators that rearrange one tensor without mixing values and without sizes to rewrite."""
+
+    matches = aten("permute", "transpose.int", "transpose_", "t", "t_", "movedim", "swapaxes", "squeeze", "squeeze_",
+                   "unsqueeze", "unsqueeze_", "flatten.using_ints", "repeat_interleave.self_int", "flip", "unbind.int",
+                   "pixel_shuffle", "pixel_unshuffle", "tril", "triu", "diagonal", "rot90", "numpy_T", "mT")
+    samples = (
+        sample(lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), "permute", MAP),
+        sample(lambda x: x.flatten(1), "flatten", MAP),
+        sample(lambda x: x.unsqueeze(1).squeeze(1), "unsqueeze/squeeze", MAP),
+        sample(lambda x: x.flip(1), "flip channels", MAP), sample(lambda x: x.flip(3), "flip columns", MAP),
+        sample(lambda x: x.repeat_interleave(2, 1), "repeat_interleave", MAP),
+        Sample(lambda: nn.PixelShuffle(2), ((2, 8, 3, 3),)), Sample(lambda: nn.PixelUnshuffle(2), ((2, 6, 4, 4),)),
+    )
+
+    def run(self, node: fx.Node, tape: Tape, plane: Plane) -> Any:
+        return tape.execute(node, plane, node.args[0])  # type: ignore[arg-type]
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        planes = tape.planes(node.args[0])
+        results = [self.run(node, tape, plane) for plane in planes]
+        if isinstance(tape.graph.dims[node.name], list):
+            count = len(tape.graph.dims[node.name])
+            tape.give_list(node, [[result[i] for result in results] for i in range(count)])
+        else:
+            tape.give(node, results)
+
+
+class View(Move):
+    """view and reshape: the sizes in the call become the surviving ones."""
+
+    matches = aten("view.default", "reshape", "_unsafe_view", "unflatten.int", "view_as", "reshape_as")
+    samples = (
+        sample(lambda x: x.view(-1, 150), "hard-coded view", MAP),
+        sample(lambda x: x.reshape(x.size(0), 6, 25).view(-1, 6, 5, 5), "there and back", MAP),
+        sample(lambda x: x.view(2 * x.size(0) // 2, 3, 2, 5, 5).transpose(1, 2).reshape(-1, 6, 5, 5),
+               "channel shuffle", MAP),
+        sample(lambda x: x.unflatten(1, (2, 3)).flatten(1, 2), "unflatten", MAP),
+    )
+
+    def run(self, node: fx.Node, tape: Tape, plane: Plane) -> Any:
+        return plane.reshape(tape.shape(node))
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        if "_as" in str(node.target):
+            return None
+        new = sizes.new(node)
+        if "unflatten" in str(node.target):
+            x, axis = node.args[0], node.args[1] % len(sizes.old(node.args[0]))  # type: ignore[operator,arg-type]
+            given = list(node.args[2])  # type: ignore[arg-type]
+            wanted = new[axis:axis + len(given)]
+            return node.target, (x, axis, _resized(given, wanted)), {}
+        return node.target, (node.args[0], _resized(list(node.args[1]), new)), {}  # type: ignore[arg-type]
+
+
+def _resized(given: list[Any], new: tuple[int | None, ...]) -> list[Any]:
+    """Numbers become the new sizes; -1 and sizes computed in the graph stay as they are."""
+    return [size if isinstance(size, fx.Node) or size == -1 or fresh is None else fresh
+            for size, fresh in zip(given, new, strict=True)]
+
+
+class Expand(OpRule):
+    """expand and repeat: positions made from a single one are new, and free to go."""
+
+    matches = aten("expand", "expand_as", "repeat", "tile", "broadcast_to")
+    samples = (
+        sample(lambda x, y: x * y.expand(-1, 6, 5, 5).sigmoid(), "expanded gate", MAP, (2, 1, 5, 5)),
+        sample(lambda x, y: x + y.expand_as(x), "expand_as", MAP, (2, 1, 5, 5)),
+        sample(lambda x: x.repeat(1, 2, 1, 1), "repeat channels", MAP),
+        sample(lambda x, y: x + y.repeat(1, 6, 1, 1), "repeat a map", MAP, (2, 1, 5, 5)),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        out, shape, dims = tape.shape(node), tape.shape(x), tape.graph.dims[node.name]
+        shift = len(out) - len(shape)
+        planes = [self._stretched(node, tape, plane, out) for plane in tape.planes(x)]
+        for axis, size in enumerate(out):
+            before = shape[axis - shift] if axis >= shift else 1
+            if before == 1 and size > 1 and not dims[axis].scale:
+                planes.append(spread(tape.fresh(size), axis, out))
+        tape.give(node, planes)
+
+    def _stretched(self, node: fx.Node, tape: Tape, plane: Plane, out: Shape) -> Plane:
+        if "repeat" not in str(node.target) and "tile" not in str(node.target):
+            return plane.expand(out)
+        lead = plane.view((1,) * (len(out) - plane.dim()) + tuple(plane.shape)) if plane.dim() < len(out) else plane
+        small = compact(lead)
+        times = [size // n if n > 1 else 1 for size, n in zip(out, small.shape, strict=True)]
+        return small.repeat(times).expand(out)
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        name = str(node.target)
+        if "expand_as" in name:
+            return None
+        given, new = list(node.args[1]), sizes.new(node)  # type: ignore[arg-type]
+        if "expand" in name or "broadcast" in name:
+            return node.target, (node.args[0], _resized(given, new)), {}
+        old, shift = sizes.old(node.args[0]), len(new) - len(sizes.old(node.args[0]))  # type: ignore[arg-type]
+        times = [count if isinstance(count, fx.Node) or i < shift or old[i - shift] != 1 or new[i] is None else new[i]
+                 for i, count in enumerate(given)]
+        return node.target, (node.args[0], times), {}
+
+
+class Concatenate(OpRule):
+    """cat and stack: label vectors are joined along the axis; along all others the operands run together."""
+
+    matches = aten("cat", "concat", "stack")
+    samples = (
+        sample(lambda x, y: torch.cat((x, y), 1), "cat channels", MAP, (2, 7, 5, 5)),
+        sample(lambda x, y: torch.cat((x, y), 2), "cat rows", MAP, MAP),
+        sample(lambda x: torch.cat((x, x), 1), "cat with itself", MAP),
+        sample(lambda x, y: torch.stack((x, y), 2).sum(2), "stack and sum", MAP, MAP),
+        sample(lambda x, y: torch.stack((x, y), 1).flatten(1, 2), "stack and flatten", MAP, MAP),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        tensors: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        shape = tape.shape(node)
+        axis = argument(node, 1, "dim", 0) % len(shape)
+        stacked = "stack" in str(node.target)
+        vectors, pairs = [], []
+        for tensor in tensors:
+            planes, size = tape.planes(tensor), tape.shape(tensor)
+            if size == (0,):
+                continue
+            if stacked:
+                planes, size = tuple(p.unsqueeze(axis) for p in planes), (*size[:axis], 1, *size[axis:])
+            vector, rest = tape.along(node, planes, axis)
+            vectors.append(torch.zeros(size[axis], dtype=torch.long) if vector is None else vector)
+            pairs.append(([p.narrow(axis, 0, 1) for p in rest], (*size[:axis], 1, *size[axis + 1:])))
+        merged = tape.combine(node, pairs, (*shape[:axis], 1, *shape[axis + 1:]))
+        planes = tuple(p.expand(shape) for p in merged)
+        joined = torch.cat(vectors)
+        tape.give(node, (*planes, spread(joined, axis, shape)) if bool(joined.any()) else planes)
+
+
+class Split(Move):
+    """split, chunk: the pieces become what survives of them."""
+
+    matches = aten("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.indices",
+                   "tensor_split.sections")
+    samples = (
+        sample(lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1), "split by sizes, swapped", MAP),
+        sample(lambda x: torch.cat([a.relu() for a in x.split(4, 1)], 1), "split by size", MAP),
+        sample(lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid(), "chunked gate", MAP),
+    )
+
+    def axis(self, node: fx.Node) -> int:
+        return argument(node, 2, "dim", 0)  # type: ignore[no-any-return]
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        axis = self.axis(node) % len(sizes.old(node.args[0]))  # type: ignore[arg-type]
+        pieces = [shape[axis] for shape in sizes.new(node)]
+        if None in pieces or pieces == [shape[axis] for shape in sizes.old(node)]:
+            return None
+        return torch.ops.aten.split_with_sizes.default, (node.args[0], pieces, axis), {}
+
+
+class Slice(Move):
+    """slice, narrow, select: positions count among what survives."""
+
+    matches = aten("slice.Tensor", "narrow.default", "select.int")
+    samples = (
+        sample(lambda x: x[:, :4], "first channels", MAP), sample(lambda x: x[:, 2:], "last channels", MAP),
+        sample(lambda x: x[:, 1:-1].narrow(1, 1, 2), "narrow", MAP),
+        sample(lambda x: x[:, :, ::2, 1:], "strided rows", MAP),
+        sample(lambda x: x[:, ::2], "every other channel", MAP, prunable=False),
+        sample(lambda x: x + x[:, 2:3], "one channel for all", MAP),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        axis = argument(node, 1, "dim", 0) % len(tape.shape(node.args[0]))  # type: ignore[arg-type]
+        if "slice" in str(node.target) and argument(node, 4, "step", 1) != 1:
+            for plane in tape.planes(node.args[0]):
+                if axis in varying(plane):
+                    tape.freeze(node, plane, "it takes every n-th channel")
+        super().label(node, tape)
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        axis = argument(node, 1, "dim", 0) % len(sizes.old(x))
+        length = sizes.old(x)[axis]
+        if length is None or any(isinstance(arg, fx.Node) for arg in node.args[1:]):
+            return None
+        alive: Tensor = sizes.alive(x, axis)
+        if bool(alive.all()):
+            return None
+
+        def count(position: int) -> int:
+            position = position + length if position < 0 else position
+            return int(alive[:max(0, min(position, length))].sum())
+        name = str(node.target)
+        if "select" in name:
+            return node.target, (x, axis, count(node.args[2])), {}  # type: ignore[arg-type]
+        if "narrow" in name:
+            start, size = count(node.args[2]), count(node.args[2] + node.args[3])  # type: ignore[arg-type,operator]
+            return node.target, (x, axis, start, size - start), {}
+        start, end = argument(node, 2, "start", 0) or 0, argument(node, 3, "end", None)
+        return node.target, (x, axis, count(start), count(length if end is None else end)), {}
+
+
+class Roll(Move):
+    """roll: the shift counts what survives of the part that wraps around."""
+
+    matches = aten("roll")
+    samples = (sample(lambda x: x.roll(2, 1), "roll channels", MAP), sample(lambda x: x.roll((1, -1), (2, 3)), "roll", MAP))
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        shifts, axes = list(node.args[1]), argument(node, 2, "dims", [])  # type: ignore[arg-type]
+        for i, axis in enumerate(axes):
+            length = sizes.old(node.args[0])[axis]  # type: ignore[arg-type]
+            if length is not None and shifts[i] % length:
+                alive = sizes.alive(node.args[0], axis)  # type: ignore[arg-type]
+                shifts[i] = int(alive[length - shifts[i] % length:].sum())
+        return node.target, (node.args[0], shifts, axes), {}
+
+
+class ChannelShuffle(Move):
+    """channel_shuffle(x, g): every one of the g rows keeps the same channels."""
+
+    matches = aten("channel_shuffle", "native_channel_shuffle")
+    samples = (Sample(lambda: nn.ChannelShuffle(2), (MAP,)),)
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        groups: int = node.args[1]  # type: ignore[assignment]
+        shape, planes = tape.shape(node), []
+        for plane in tape.planes(node.args[0]):
+            if 1 not in varying(plane):
+                planes.append(plane)
+                continue
+            vector, _ = tape.along(node, (plane,), 1)
+            table = vector.view(groups, -1)  # type: ignore[union-attr]
+            tape.joint.append(table)
+            planes.append(spread(table.t().reshape(-1), 1, shape))
+        tape.give(node, planes)
+
+
+class GetItem(OpRule):
+    """One tensor out of several."""
+
+    matches = (operator.getitem,)
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        several = tape.memory.get(node.args[0])  # type: ignore[arg-type]
+        if several:
+            tape.memory[node] = several[node.args[1]]  # type: ignore[index]
+
+
+class Creation(OpRule):
+    """Tensors made of one value: every position is new, and free to go with what it meets."""
+
+    matches = aten("new_zeros", "new_ones", "new_full", "new_empty") + tuple(
+        getattr(torch.ops.aten, name).default for name in ("zeros", "ones", "full"))
+    samples = (sample(lambda x: torch.cat((x, x.new_zeros(x.size(0), 3, 5, 5)), 1), "cat with zeros", MAP),)
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        shape, dims = tape.shape(node), tape.graph.dims[node.name]
+        tape.give(node, [spread(tape.fresh(size), axis, shape) for axis, size in enumerate(shape)
+                         if size > 1 and not dims[axis].scale])
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        index = 1 if "new_" in str(node.target) else 0
+        given = list(node.args[index])  # type: ignore[arg-type]
+        args = (*node.args[:index], _resized(given, sizes.new(node)), *node.args[index + 1:])
+        return node.target, args, dict(node.kwargs)
+
+
+RULES: tuple[OpRule, ...] = (Move(), View(), Expand(), Concatenate(), Split(), Slice(), Roll(), ChannelShuffle(),
+                             GetItem(), Creation())

@@ -1,0 +1,143 @@
+"""Normalisations: batch, instance, group, layer and RMS norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from prunekern.core.graph import ShapeOf
+from prunekern.core.labels import Tape, varying
+from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
+
+ACROSS = "it normalises across channels, which have no exact restriction to fewer of them"
+
+
+def tie_vectors(node: fx.Node, tape: Tape, channels: Tensor | None, vectors: tuple[Any, ...]) -> None:
+    for vector in vectors:
+        if isinstance(vector, fx.Node):
+            tape.tie(node, channels, tape.axis(node, vector, 0))
+
+
+class BatchNorm(OpRule):
+    """batch_norm(x [N, C, ...], weight, bias, running_mean, running_var): per channel, exact to prune."""
+
+    matches = aten("batch_norm")
+    samples = (
+        Sample(lambda: nn.BatchNorm2d(6), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.BatchNorm2d(6, affine=False), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.BatchNorm1d(6), ((3, 6),)),
+        Sample(lambda: nn.BatchNorm1d(13), ((3, 13, 4),)),
+        Sample(lambda: nn.BatchNorm3d(6), ((2, 6, 2, 3, 3),)),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x = node.args[0]
+        channels, _ = tape.along(node, tape.planes(x), 1)
+        tie_vectors(node, tape, channels, tuple(node.args[1:5]))
+        tape.give(node, tape.planes(x))
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return 2 * numel(shape(node))
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node)) * (2 if node.args[1] is not None else 1)
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        return {"num_features": shape(node)[1]}
+
+
+class InstanceNorm(BatchNorm):
+    """instance_norm over the positions of each channel: exact for channels, positions must stay."""
+
+    matches = aten("instance_norm")
+    samples = (
+        Sample(lambda: nn.InstanceNorm2d(6), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.InstanceNorm2d(6, affine=True), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.InstanceNorm1d(6), ((2, 6, 9),)),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        for plane in tape.planes(node.args[0]):
+            if varying(plane) != {1}:
+                tape.freeze(node, plane, "its positions are normalised")
+        super().label(node, tape)
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return 5 * numel(shape(node))
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node)) * (5 if node.args[1] is not None else 4)
+
+
+class GroupNorm(OpRule):
+    """group_norm: a whole normalisation group leaves exactly; single channels do not."""
+
+    matches = aten("group_norm")
+    samples = (
+        Sample(lambda: nn.GroupNorm(3, 6), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.GroupNorm(6, 6, affine=False), ((2, 6, 5, 5),)),
+        Sample(lambda: nn.GroupNorm(1, 6), ((2, 6, 5, 5),), prunable=False),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x, groups = node.args[0], node.args[1]
+        channels, rest = tape.along(node, tape.planes(x), 1)
+        tape.freeze_planes(node, rest, "its positions are normalised")
+        if channels is not None:
+            table = channels.view(groups, -1)
+            tape.unify(table, table[:, :1])
+            if groups == 1:
+                tape.freeze(node, channels, ACROSS)
+        tie_vectors(node, tape, channels, (argument(node, 2, "weight"), argument(node, 3, "bias")))
+        tape.give(node, tape.planes(x))
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return 5 * numel(shape(node))
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node)) * (5 if argument(node, 2, "weight") is not None else 4)
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        channels, before = shape(node)[1], int(node.meta["val"].shape[1])
+        return {"num_channels": channels, "num_groups": node.args[1] * channels // before}  # type: ignore[operator]
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        groups = self.attributes(node, sizes.new)["num_groups"]
+        return node.target, (node.args[0], groups, *node.args[2:]), dict(node.kwargs)
+
+
+class LayerNorm(OpRule):
+    """layer_norm and rms_norm over the last axes: the channels in those axes stay, others pass."""
+
+    matches = aten("layer_norm", "rms_norm")
+    samples = (
+        Sample(lambda: nn.LayerNorm(5), ((2, 6, 5),), name="LayerNorm over positions"),
+        Sample(lambda: nn.LayerNorm((6, 5)), ((2, 6, 5),), name="LayerNorm over channels", prunable=False),
+        Sample(lambda: nn.RMSNorm(5), ((2, 6, 5),), name="RMSNorm over positions"),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x, normalised = node.args[0], node.args[1]
+        first = len(tape.shape(x)) - len(normalised)  # type: ignore[arg-type]
+        passing = []
+        for plane in tape.planes(x):
+            if any(axis >= first for axis in varying(plane)):
+                tape.freeze(node, plane, ACROSS)
+            else:
+                passing.append(plane)
+        for vector in (argument(node, 2, "weight"), argument(node, 3, "bias")):
+            tape.freeze_planes(node, tape.planes(vector))
+        tape.give(node, passing)
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return 5 * numel(shape(node))
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        if "rms" in str(node.target):
+            return 0
+        return numel(shape(node)) * (5 if argument(node, 2, "weight") is not None else 4)
+
+
+RULES: tuple[OpRule, ...] = (BatchNorm(), InstanceNorm(), GroupNorm(), LayerNorm())

@@ -1,0 +1,231 @@
+"""Operators over positions: pooling, resizing, padding; and reductions over any axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from prunekern.core.graph import ShapeOf
+from prunekern.core.labels import Tape, spread, varying
+from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
+from prunekern.ops.elementwise import MAP, sample
+
+
+def pass_channels(node: fx.Node, tape: Tape, mixed: int, reason: str) -> list[Tensor]:
+    """The input's planes on the output's shape; those that vary along one of the last ``mixed`` axes stay."""
+    shape, planes = tape.shape(node), []
+    for plane in tape.planes(node.args[0]):
+        live = varying(plane)
+        if any(axis >= plane.dim() - mixed for axis in live):
+            channel = min(live)
+            if channel >= plane.dim() - mixed:
+                tape.freeze(node, plane, reason)
+                continue
+            vector, _ = tape.along(node, (plane,), channel)       # all positions of a channel leave together
+            planes.append(spread(vector, channel, shape))  # type: ignore[arg-type]
+        else:
+            for axis in range(plane.dim() - mixed, plane.dim()):
+                plane = plane.narrow(axis, 0, 1)
+            planes.append(plane.expand(shape))
+    return planes
+
+
+class Pool(OpRule):
+    """Max, average and adaptive pooling in 1, 2 and 3 dimensions; per channel."""
+
+    matches = aten("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+                   "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "lp_pool2d")
+    samples = (
+        Sample(lambda: nn.MaxPool2d(2), (MAP,)), Sample(lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), (MAP,)),
+        Sample(lambda: nn.MaxPool2d(2, 1, dilation=2), (MAP,)), Sample(lambda: nn.AvgPool2d(2), (MAP,)),
+        Sample(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), (MAP,)),
+        Sample(lambda: nn.AdaptiveAvgPool2d(1), (MAP,)), Sample(lambda: nn.AdaptiveAvgPool2d((3, 2)), (MAP,)),
+        Sample(lambda: nn.MaxPool1d(3, 2), ((2, 6, 9),)), Sample(lambda: nn.AvgPool1d(2), ((2, 6, 9),)),
+        Sample(lambda: nn.AdaptiveAvgPool1d(4), ((2, 6, 9),)), Sample(lambda: nn.MaxPool3d(2), ((2, 6, 4, 4, 4),)),
+        Sample(lambda: nn.AvgPool3d(2), ((2, 6, 4, 4, 4),)),
+    )
+
+    def spatial(self, node: fx.Node) -> int:
+        return next(n for n in (1, 2, 3) if f"{n}d" in str(node.target))
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        tape.give(node, pass_channels(node, tape, self.spatial(node), "its positions are pooled"))
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node.args[0]))  # type: ignore[arg-type]
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        counted = "adaptive_avg_pool2d" in str(node.target)
+        return numel(shape(node.args[0])) if counted else 0  # type: ignore[arg-type]
+
+
+class PoolWithIndices(Pool):
+    """Max pooling that also returns indices, and adaptive max pooling."""
+
+    matches = aten("max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d_with_indices",
+                   "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+    samples = (Sample(lambda: nn.AdaptiveMaxPool2d(2), (MAP,)), Sample(lambda: nn.AdaptiveMaxPool1d(2), ((2, 6, 9),)))
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        shape = tuple(tape.graph.shape(node)[0])  # type: ignore[arg-type]
+        planes = []
+        for plane in tape.planes(node.args[0]):
+            if varying(plane) == {1}:
+                planes.append(spread(plane.select(0, 0).reshape(plane.shape[1], -1)[:, 0], 1, shape))
+            else:
+                tape.freeze(node, plane, "its positions are pooled")
+        tape.give_list(node, [planes, planes])
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node.args[0]))  # type: ignore[arg-type]
+
+
+class Resize(OpRule):
+    """Upsampling: nearest, (bi/tri)linear, bicubic; per channel."""
+
+    matches = aten("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d",
+                   "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+                   "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+    samples = (
+        Sample(lambda: nn.Upsample(scale_factor=2), (MAP,)),
+        Sample(lambda: nn.Upsample(size=(7, 9), mode="bilinear", align_corners=False), (MAP,)),
+        Sample(lambda: nn.Upsample(scale_factor=2, mode="bicubic"), (MAP,)),
+        Sample(lambda: nn.Upsample(scale_factor=2, mode="linear"), ((2, 6, 5),)),
+    )
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        mixed = len(tape.shape(node)) - 2
+        tape.give(node, pass_channels(node, tape, mixed, "its positions are resampled"))
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node)) * (1 if "nearest" in str(node.target) else 4)
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        name = str(node.target)
+        scale = 1 if "upsample_nearest2d" in name else 4 if "upsample_bilinear2d" in name else 0
+        return scale * numel(shape(node))
+
+
+class Pad(OpRule):
+    """Constant, reflection, replication and circular padding. Channels padded on are new ones, free to go."""
+
+    matches = aten("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
+                   "replication_pad2d", "replication_pad3d", "reflection_pad3d")
+    samples = (
+        Sample(lambda: nn.ZeroPad2d(2), (MAP,)), Sample(lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.5), (MAP,)),
+        Sample(lambda: nn.ReflectionPad2d(2), (MAP,)), Sample(lambda: nn.ReplicationPad2d(1), (MAP,)),
+        Sample(lambda: nn.CircularPad2d(1), (MAP,)),
+        sample(lambda x: functional.pad(x, (0, 0, 0, 0, 3, 2)), "zero channels around", MAP),
+    )
+
+    @staticmethod
+    def amounts(node: fx.Node, rank: int) -> list[tuple[int, int]]:
+        """(before, after) for every axis."""
+        pads: Sequence[int] = node.args[1]  # type: ignore[assignment]
+        pairs = [(pads[i], pads[i + 1]) for i in range(0, len(pads), 2)]
+        return [(0, 0)] * (rank - len(pairs)) + pairs[::-1]
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        shape = tape.shape(node)
+        amounts = self.amounts(node, len(shape))
+        mode = argument(node, 2, "mode", "constant") if "aten.pad." in str(node.target) else str(node.target)
+        planes = []
+        for plane in tape.planes(node.args[0]):
+            live = varying(plane)
+            padded = [a for a in live if amounts[a] != (0, 0)]
+            if padded and (len(live) > 1 or "constant" not in str(mode) or min(amounts[padded[0]]) < 0):
+                tape.freeze(node, plane, "channels are padded with copies of channels")
+            elif padded:
+                axis, (before, after) = padded[0], amounts[padded[0]]
+                vector = plane.transpose(0, axis).reshape(plane.shape[axis], -1)[:, 0]
+                planes.append(spread(torch.cat((tape.fresh(before), vector, tape.fresh(after))), axis, shape))
+            else:
+                for axis in range(plane.dim()):
+                    if axis not in live:
+                        plane = plane.narrow(axis, 0, 1)
+                planes.append(plane.expand(shape))
+        tape.give(node, planes)
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        rank = len(sizes.old(node))
+        amounts = self.amounts(node, rank)
+        new: list[int] = []
+        for axis in range(rank - 1, rank - 1 - len(node.args[1]) // 2, -1):  # type: ignore[arg-type]
+            before, after = amounts[axis]
+            alive = sizes.alive(node, axis)
+            new += [before, after] if bool(alive.all()) else [
+                int(alive[:before].sum()), int(alive[len(alive) - after:].sum()) if after else 0]
+        return node.target, (node.args[0], new, *node.args[2:]), dict(node.kwargs)
+
+
+class Reduction(OpRule):
+    """Reductions over axes. A sum over channels is exact to prune (what is gone counts as zero); others are not."""
+
+    matches = aten("mean", "sum", "amax", "amin", "max.dim", "min.dim", "max.default", "min.default", "var.correction",
+                   "std.correction", "var.dim", "std.dim", "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim",
+                   "argmax", "argmin", "prod", "any", "all", "cumsum", "topk", "sort", "var_mean.correction")
+    keeps_shape = ("cumsum", "sort", "topk")
+    samples = (
+        sample(lambda x: x.mean((2, 3)), "global average", MAP),
+        sample(lambda x: x.mean((2, 3), keepdim=True), "global average, kept axes", MAP),
+        sample(lambda x: x.amax((2, 3)), "global max", MAP),
+        sample(lambda x: x.sum(1), "sum over channels", MAP),
+        sample(lambda x: x.mean(1, keepdim=True), "mean over channels", MAP, prunable=False),
+        sample(lambda x: x.max(1)[0], "max over channels", MAP, prunable=False),
+        sample(lambda x: x.std((2, 3)), "deviation over positions", MAP),
+        sample(lambda x: x.cumsum(2), "cumsum over positions", MAP),
+    )
+
+    def axes(self, node: fx.Node, rank: int) -> set[int]:
+        index = 2 if "vector_norm" in str(node.target) or "norm.Scalar" in str(node.target) else 1
+        if "topk" in str(node.target):
+            index = 2
+        default: Any = -1 if any(name in str(node.target) for name in ("topk", "sort")) else None
+        axes = argument(node, index, "dim", default)
+        if axes is None or axes == []:
+            return set(range(rank))
+        return {a % rank for a in (axes if isinstance(axes, (list, tuple)) else [axes])}
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        rank = len(tape.shape(x))
+        axes = self.axes(node, rank)
+        exact = "aten.sum" in str(node.target)
+        if exact and any(axes & varying(p) for p in tape.planes(x)):
+            tape.masked.setdefault(node, []).append(x)
+        passing = []
+        for plane in tape.planes(x):
+            if not axes & varying(plane):
+                passing.append(plane)
+            elif not exact:
+                tape.freeze(node, plane, "it reduces across these channels")
+            elif len(varying(plane)) > 1:
+                tape.freeze(node, plane)
+        self._give(node, tape, passing, axes)
+
+    def _give(self, node: fx.Node, tape: Tape, passing: list[Tensor], axes: set[int]) -> None:
+        several = isinstance(tape.graph.dims[node.name], list)
+        shapes = [tuple(s) for s in tape.shape(node)] if several else [tape.shape(node)]  # type: ignore[misc,arg-type]
+        given = []
+        for shape in shapes:
+            planes = []
+            for plane in passing:
+                kept = len(shape) == plane.dim()
+                for axis in sorted(axes, reverse=True):
+                    plane = plane.narrow(axis, 0, 1) if kept else plane.select(axis, 0)
+                planes.append(plane.expand(shape))
+            given.append(planes)
+        if several:
+            tape.give_list(node, given)
+        else:
+            tape.give(node, given[0])
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        return numel(shape(node.args[0]))  # type: ignore[arg-type]
+
+
+RULES: tuple[OpRule, ...] = (Pool(), PoolWithIndices(), Resize(), Pad(), Reduction())

@@ -1,0 +1,311 @@
+"""Charts as geometry in percent of the plot area; the page's template draws them at any width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prunekern.report import units
+from prunekern.report.model import DENSE, Curve, ParetoPoint, Report, Triplet
+from prunekern.report.pareto import on_front, pareto_front
+from prunekern.report.scales import Scale, tick_labels
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "down")
+LOG_FROM = 10.0
+"""The ratio of largest to smallest MACs from which the Pareto plot opens with a logarithmic axis."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A labelled position on an axis; `spare` ones are left out on narrow screens."""
+
+    at: float
+    label: str
+    spare: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One marker: position, shape, colour number, extra CSS classes, hover text (lines)."""
+
+    x: float
+    y: float
+    shape: str
+    tone: int
+    style: str = ""
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A polyline as an SVG path in a 100 x 100 box."""
+
+    path: str
+    tone: int
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A shaded stretch of the x axis with a name."""
+
+    start: float
+    width: float
+    label: str
+    odd: bool
+
+
+@dataclass(frozen=True)
+class Label:
+    """Text next to a point, on the side where there is room."""
+
+    x: float
+    y: float
+    text: str
+    side: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """One legend entry: a marker (`shape`) or a line (empty shape)."""
+
+    text: str
+    tone: int
+    shape: str = ""
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One plot. `pick` says how the pointer finds a mark: the nearest in "xy", or by "x" alone."""
+
+    summary: str
+    x_title: str
+    y_title: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    lines: tuple[Line, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    bands: tuple[Band, ...] = ()
+    labels: tuple[Label, ...] = ()
+    legend: tuple[Key, ...] = ()
+    pick: str = "xy"
+
+
+def x_axis(scale: Scale, labels: Sequence[str], ticks: Sequence[float]) -> tuple[Tick, ...]:
+    """Ticks of which every second one is spare, counted so that the last one stays."""
+    last = len(ticks) - 1
+    return tuple(
+        Tick(scale.at(tick), label, (last - index) % 2 == 1)
+        for index, (tick, label) in enumerate(zip(ticks, labels, strict=True))
+    )
+
+
+def y_axis(scale: Scale, *, percent: bool) -> tuple[Tick, ...]:
+    """Ticks of a vertical axis, in percent or as plain numbers."""
+    ticks = scale.ticks(6)
+    text = units.percent if percent else lambda value, digits: f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return tuple(Tick(scale.at(t), label) for t, label in zip(ticks, tick_labels(ticks, text), strict=True))
+
+
+def path(points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> str:
+    """The polyline through all points that can be drawn."""
+    drawn = [(a, b) for a, b in points if x.holds(a) and y.holds(b)]
+    return "M" + "L".join(f"{x.at(a):g},{round(100 - y.at(b), 2):g}" for a, b in drawn) if drawn else ""
+
+
+def wants_log(points: Sequence[ParetoPoint]) -> bool:
+    """Whether MACs spread so far that a logarithmic axis reads better."""
+    macs = [point.macs for point in points]
+    return min(macs) > 0 and max(macs) / min(macs) >= LOG_FROM
+
+
+def tones(names: Sequence[str]) -> dict[str, int]:
+    """A colour number (1 to 6) per distinct name, in order of appearance."""
+    return {name: 1 + index % len(SHAPES) for index, name in enumerate(dict.fromkeys(names))}
+
+
+def macs_ticks(scale: Scale) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Tick positions and labels of a MACs axis."""
+    ticks = tuple(tick for tick in scale.ticks(6) if tick >= 0)
+    return ticks, tuple(units.count(tick).replace(".00", "") for tick in ticks)
+
+
+def _pareto_tip(point: ParetoPoint, report: Report, front: bool) -> str:
+    lines = [point.name]
+    lines.append(f"{units.count(point.macs)} MACs ({units.exact(point.macs)})")
+    lines.append(f"{report.accuracy_label} {units.percent(point.accuracy)}")
+    marks = [f"stage {point.stage}" if point.stage else "", "on the front" if front else ""]
+    lines.append(", ".join(mark for mark in [*marks, "chosen" if point.chosen else ""] if mark))
+    return "\n".join(line for line in [*lines, point.detail] if line)
+
+
+def _front_path(report: Report, x: Scale, y: Scale) -> str:
+    """The front as steps: between two networks, the cheaper one is what a budget buys."""
+    corners: list[tuple[float, float]] = []
+    for point in pareto_front(report.pareto):
+        if corners:
+            corners.append((point.macs, corners[-1][1]))
+        corners.append((point.macs, point.accuracy))
+    if corners:
+        corners.append((x.high, corners[-1][1]))
+    return path(corners, x, y)
+
+
+def pareto_scales(report: Report, log: bool) -> tuple[Scale, Scale]:
+    """The two axes of the Pareto plot; the accuracy floor is in view."""
+    accuracies = [point.accuracy for point in report.pareto]
+    if report.accuracy_floor is not None:
+        accuracies.append(report.accuracy_floor)
+    return (
+        Scale.around([point.macs for point in report.pareto], log=log, pad=0.05),
+        Scale.around(accuracies, pad=0.07),
+    )
+
+
+def pareto_chart(report: Report, *, log: bool) -> Chart:
+    """MACs against accuracy, every network a marker, the front a stepped line."""
+    x, y = pareto_scales(report, log)
+    stage_tones = tones([p.stage for p in report.pareto if p.stage != DENSE])
+    marks, labels = [], []
+    flags = on_front(report.pareto)
+    # Plain points first, so that the front, the dense and the chosen network are drawn on top of them.
+    order = sorted(zip(report.pareto, flags, strict=True), key=lambda i: (i[0].chosen, i[0].stage == DENSE, i[1]))
+    for point, front in order:
+        if not (x.holds(point.macs) and y.holds(point.accuracy)):
+            continue
+        tone = stage_tones.get(point.stage, 0)
+        shape = SHAPES[tone - 1] if tone else "star"
+        at = (x.at(point.macs), round(100 - y.at(point.accuracy), 2))
+        style = " ".join(["front" if front else "off", *(["chosen"] if point.chosen else [])])
+        if point.chosen:
+            marks.append(Mark(*at, "ring", 0, "chosen"))
+        marks.append(Mark(*at, shape, tone, style, _pareto_tip(point, report, front)))
+        if point.chosen or point.stage == DENSE:
+            text = f"{'chosen' if point.chosen else 'dense'}: {units.percent(point.accuracy)}"
+            labels.append(Label(*at, text, "end" if at[0] > 70 else "start"))
+    lines = [Line(_front_path(report, x, y), 0, "frontline")]
+    legend = [Key("Pareto front", 0, style="frontline")]
+    if report.accuracy_floor is not None:
+        lines.append(Line(path([(x.low, report.accuracy_floor), (x.high, report.accuracy_floor)], x, y), 0, "limit"))
+        legend.append(Key(f"limit {units.percent(report.accuracy_floor, 1)}", 0, style="limit"))
+    if any(point.stage == DENSE for point in report.pareto):
+        legend.append(Key("dense original", 0, "star"))
+    legend += [Key(stage or "networks", tone, SHAPES[tone - 1]) for stage, tone in stage_tones.items()]
+    ticks, tick_texts = macs_ticks(x)
+    return Chart(
+        summary=f"{len(report.pareto)} networks, {sum(flags)} of them on the Pareto front; "
+        f"MACs on the x axis, {report.accuracy_label} on the y axis.",
+        x_title="MACs (log scale)" if log else "MACs",
+        y_title=report.accuracy_label,
+        x_ticks=x_axis(x, tick_texts, ticks),
+        y_ticks=y_axis(y, percent=True),
+        lines=tuple(lines),
+        marks=tuple(marks),
+        labels=tuple(labels),
+        legend=tuple(legend),
+    )
+
+
+def layer_runs(triplets: Sequence[Triplet]) -> list[tuple[str, int, int]]:
+    """Stretches of consecutive steps on one layer: (layer, first index, last index)."""
+    runs: list[tuple[str, int, int]] = []
+    for index, step in enumerate(triplets):
+        if runs and runs[-1][0] == step.layer:
+            runs[-1] = (step.layer, runs[-1][1], index)
+        else:
+            runs.append((step.layer, index, index))
+    return runs
+
+
+def _triplet_tip(step: Triplet) -> str:
+    lines = [
+        f"step {step.step}: {step.layer}, {step.channels_left} channels left",
+        f"before {units.percent(step.before)}",
+        f"after pruning {units.percent(step.after_pruning)}",
+        f"after retraining {units.percent(step.after_retraining)}",
+        f"drop {units.points(step.drop)} points, this step {units.points(step.incremental_drop)}",
+        f"{units.count(step.macs)} MACs",
+    ]
+    return "\n".join(lines + ([] if step.accepted else ["undone"]))
+
+
+def triplet_scales(triplets: Sequence[Triplet]) -> tuple[Scale, Scale]:
+    """Steps by position (half a step of margin) and the accuracies of all three moments."""
+    values = [v for t in triplets for v in (t.before, t.after_pruning, t.after_retraining)]
+    return Scale(-0.75, len(triplets) - 0.25), Scale.around(values, pad=0.06)
+
+
+def triplet_chart(report: Report) -> Chart:
+    """Accuracy over the steps: before, right after pruning, after retraining; undone steps crossed."""
+    steps = report.triplets
+    x, y = triplet_scales(steps)
+    marks = []
+    for index, step in enumerate(steps):
+        at = x.at(index)
+        if y.holds(step.after_pruning):
+            marks.append(Mark(at, round(100 - y.at(step.after_pruning), 2), "down", 2, "small"))
+        if y.holds(step.after_retraining):
+            shape, tone, style = ("circle", 1, "small") if step.accepted else ("cross", 4, "front")
+            height = round(100 - y.at(step.after_retraining), 2)
+            marks.append(Mark(at, height, shape, tone, style, _triplet_tip(step)))
+    kept = [(index, step.after_retraining) for index, step in enumerate(steps) if step.accepted]
+    before = [(index, step.before) for index, step in enumerate(steps)]
+    bands = []
+    for number, (layer, first, last) in enumerate(layer_runs(steps)):
+        start = x.at(first - 0.5)
+        bands.append(Band(start, round(x.at(last + 0.5) - start, 2), layer, number % 2 == 1))
+    positions = [round(tick) for tick in x.ticks(8) if tick == int(tick) and 0 <= tick < len(steps)]
+    undone = sum(not step.accepted for step in steps)
+    return Chart(
+        summary=f"Validation accuracy over {len(steps)} pruning steps, {undone} of them undone.",
+        x_title="pruning step",
+        y_title="accuracy",
+        x_ticks=x_axis(x, [str(steps[position].step) for position in positions], positions),
+        y_ticks=y_axis(y, percent=True),
+        lines=(Line(path(before, x, y), 3, "dashed"), Line(path(kept, x, y), 1)),
+        marks=tuple(marks),
+        bands=tuple(bands),
+        legend=(
+            Key("before pruning", 3, style="dashed"),
+            Key("after pruning", 2, "down"),
+            Key("after retraining", 1, "circle"),
+            *([Key("undone step", 4, "cross")] if undone else []),
+        ),
+        pick="x",
+    )
+
+
+def curve_chart(curve: Curve) -> Chart:
+    """Lines over a common x axis, one per series."""
+    points = [point for series in curve.series.values() for point in series]
+    x = Scale.around([a for a, _ in points], pad=0.02)
+    y = Scale.around([b for _, b in points], pad=0.07)
+    show_y = (lambda value: units.percent(value)) if curve.percent else (lambda value: units.significant(value, 4))
+    colours = tones(list(curve.series))
+    lines, marks = [], []
+    for name, series in curve.series.items():
+        lines.append(Line(path(series, x, y), colours[name], "dashed" if colours[name] % 2 == 0 else ""))
+        few = "small" if len(series) <= 40 else "ghost"
+        for a, b in series:
+            if x.holds(a) and y.holds(b):
+                tip = f"{name}\n{curve.x_label} {units.significant(a, 4)}\n{curve.y_label} {show_y(b)}"
+                at = (x.at(a), round(100 - y.at(b), 2))
+                marks.append(Mark(*at, SHAPES[colours[name] - 1], colours[name], few, tip))
+    ticks = x.ticks(6)
+    return Chart(
+        summary=f"{curve.name}: {curve.y_label} over {curve.x_label}; series {', '.join(curve.series)}.",
+        x_title=curve.x_label,
+        y_title=curve.y_label,
+        x_ticks=x_axis(x, tick_labels(ticks, lambda value, digits: f"{value:.{digits}f}"), ticks),
+        y_ticks=y_axis(y, percent=curve.percent),
+        lines=tuple(lines),
+        marks=tuple(marks),
+        legend=tuple(Key(name, tone, style="dashed" if tone % 2 == 0 else "") for name, tone in colours.items()),
+    )
+
+
+def bar(value: float, largest: float) -> float:
+    """A bar's length in percent of the longest one."""
+    return round(100.0 * value / largest, 2) if largest > 0 and math.isfinite(value) else 0.0

@@ -1,0 +1,260 @@
+"""The charts as PNGs (matplotlib, drawn off screen and without touching its global state)."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from prunekern.report import charts, units
+from prunekern.report.model import DENSE, LatencyRow, LayerRow, Report
+from prunekern.report.pareto import on_front, pareto_front
+from prunekern.report.scales import Scale, tick_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAMES = ("pareto.png", "layers.png", "triplets.png", "latency.png", "curves.png")
+COLOURS = ("#1b2430", "#0072b2", "#c75a00", "#00805c", "#a3447f", "#8a6d00", "#5650b8")
+PALE, SOFT, GRID, BAD = "#c5d6e6", "#566273", "#e4e8ee", "#b03a00"
+MARKERS = dict(zip(charts.SHAPES, ("o", "s", "^", "D", "X", "v"), strict=True)) | {"star": "*"}
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.parse_math": False,  # a layer may be called "$x"
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+
+
+def render(report: Report) -> dict[str, bytes]:
+    """File name -> PNG for every section that has data. Raises ImportError where matplotlib is missing."""
+    import matplotlib
+
+    files: dict[str, bytes] = {}
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        for name, figure in _figures(report):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+            files[name] = buffer.getvalue()
+    return files
+
+
+def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
+    if report.pareto:
+        yield "pareto.png", _pareto(report)
+    if report.layers:
+        yield "layers.png", _layers(report.layers)
+    if report.triplets:
+        yield "triplets.png", _triplets(report)
+    if report.latency:
+        yield "latency.png", _latency(report.latency)
+    if report.curves:
+        yield "curves.png", _curves(report)
+
+
+def _new(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _text(text: str, longest: int = 40) -> str:
+    """A name as matplotlib shows it: printable, of bounded length; a leading underscore hides legend entries."""
+    text = units.printable(text)
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    return f" {text}" if text.startswith("_") else text
+
+
+def _axis(axis: Any, scale: Scale, labels: tuple[str, ...], ticks: tuple[float, ...]) -> None:
+    """Hands matplotlib the same axis the page has."""
+    from matplotlib.ticker import NullLocator
+
+    if scale.log:
+        (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(scale.low, scale.high)
+    axis.set_ticks(ticks, labels=labels)
+    axis.set_minor_locator(NullLocator())
+
+
+def _percent_axis(axes: Axes, scale: Scale) -> None:
+    ticks = scale.ticks(6)
+    _axis(axes.yaxis, scale, tick_labels(ticks, units.percent), ticks)
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=9)
+
+
+def _pareto(report: Report) -> Figure:
+    figure = _new(8.5, 5.4)
+    axes = figure.add_subplot()
+    x, y = charts.pareto_scales(report, charts.wants_log(report.pareto))
+    front = pareto_front(report.pareto)
+    macs, accuracies = [*(p.macs for p in front), x.high], [*(p.accuracy for p in front)]
+    if front:
+        axes.step(macs, [*accuracies, accuracies[-1]], where="post", color=SOFT, lw=1.4, label="Pareto front")
+    if report.accuracy_floor is not None:
+        label = f"limit {units.percent(report.accuracy_floor, 1)}"
+        axes.axhline(report.accuracy_floor, color=BAD, lw=1.2, ls=":", label=label)
+    flags = on_front(report.pareto)
+    for stage, tone in charts.tones([p.stage for p in report.pareto if p.stage != DENSE]).items():
+        group = [(p, flag) for p, flag in zip(report.pareto, flags, strict=True) if p.stage == stage]
+        look: dict[str, Any] = {"marker": MARKERS[charts.SHAPES[tone - 1]], "color": COLOURS[tone], "s": 34, "lw": 0}
+        for flag, alpha, label in ((False, 0.4, None), (True, 1.0, _text(stage or "networks"))):
+            points = [p for p, on in group if on is flag]
+            axes.scatter([p.macs for p in points], [p.accuracy for p in points], alpha=alpha, label=label, **look)
+    _special_points(axes, report, x)
+    ticks, labels = charts.macs_ticks(x)
+    _axis(axes.xaxis, x, labels, ticks)
+    _percent_axis(axes, y)
+    axes.set_xlabel("MACs (log scale)" if x.log else "MACs")
+    axes.set_ylabel(_text(report.accuracy_label))
+    axes.set_title(f"{len(report.pareto)} networks, {sum(flags)} on the Pareto front")
+    _legend_below(figure, axes)
+    return figure
+
+
+def _special_points(axes: Axes, report: Report, x: Scale) -> None:
+    for point in report.pareto:
+        if point.stage == DENSE:
+            axes.scatter(point.macs, point.accuracy, marker="*", s=150, color=COLOURS[0], label="dense original", zorder=4)
+        if point.chosen:
+            axes.scatter(point.macs, point.accuracy, s=190, facecolors="none", edgecolors=COLOURS[0], lw=1.8, zorder=4)
+        if not (point.chosen or point.stage == DENSE) or not math.isfinite(point.accuracy):
+            continue
+        right = x.holds(point.macs) and x.at(point.macs) > 70
+        axes.annotate(
+            f"{'chosen' if point.chosen else 'dense'}: {units.percent(point.accuracy)}",
+            (point.macs, point.accuracy),
+            xytext=(-12 if right else 12, 10),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+        )
+
+
+def _layers(rows: tuple[LayerRow, ...]) -> Figure:
+    figure = _new(11, 1.6 + 0.42 * min(len(rows), 120))
+    panels = figure.subplots(1, 3, sharey=True)
+    positions = range(len(rows))
+    for axes, title, key in zip(panels, ("Channels", "MACs", "Parameters"), ("", "macs_", "params_"), strict=True):
+        before = [getattr(row, f"{key}before") for row in rows]
+        after = [getattr(row, f"{key}after") for row in rows]
+        axes.barh(positions, before, height=0.74, color=PALE, label="before")
+        axes.barh(positions, after, height=0.40, color=COLOURS[1], label="after")
+        largest = max(*before, *after, 1)
+        for position, old, new in zip(positions, before, after, strict=True):
+            text = f"{units.count(old)} → {units.count(new)}"
+            axes.text(max(old, new) + 0.02 * largest, position, text, va="center", fontsize=8)
+        scale = Scale(0.0, 1.42 * largest)
+        ticks = tuple(tick for tick in scale.ticks(3) if tick <= 1.05 * largest)
+        _axis(axes.xaxis, scale, tuple(units.count(tick).replace(".00", "") for tick in ticks), ticks)
+        axes.set_title(title)
+        axes.grid(visible=False, axis="y")
+    panels[0].set_yticks(positions, labels=[_text(row.name, 30) for row in rows])
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    _legend_below(figure, panels[0])
+    return figure
+
+
+def _triplets(report: Report) -> Figure:
+    steps = report.triplets
+    figure = _new(11, 4.8)
+    axes = figure.add_subplot()
+    x, y = charts.triplet_scales(steps)
+    index = range(len(steps))
+    for number, (layer, first, last) in enumerate(charts.layer_runs(steps)):
+        if number % 2:
+            axes.axvspan(first - 0.5, last + 0.5, color="#eef2f7", lw=0)
+        middle = (first + last) / 2
+        axes.text(middle, y.high, _text(layer, 18), ha="center", va="bottom", fontsize=9, clip_on=False)
+    axes.plot(index, [t.before for t in steps], color=COLOURS[3], lw=1.3, ls="--", label="before pruning")
+    axes.plot(index, [t.after_pruning for t in steps], color=COLOURS[2], lw=0, marker="v", ms=4, label="after pruning")
+    kept = [(i, t.after_retraining) for i, t in enumerate(steps) if t.accepted]
+    undone = [(i, t.after_retraining) for i, t in enumerate(steps) if not t.accepted]
+    if kept:
+        axes.plot(*zip(*kept, strict=True), color=COLOURS[1], lw=1.3, marker="o", ms=3.5, label="after retraining")
+    if undone:
+        axes.plot(*zip(*undone, strict=True), color=COLOURS[4], lw=0, marker="X", ms=8, label="undone step")
+    ticks = tuple(tick for tick in x.ticks(8) if tick == int(tick) and 0 <= tick < len(steps))
+    _axis(axes.xaxis, x, tuple(str(steps[int(tick)].step) for tick in ticks), ticks)
+    _percent_axis(axes, y)
+    axes.set_xlabel("pruning step")
+    axes.set_ylabel("accuracy")
+    _legend_below(figure, axes)
+    return figure
+
+
+def _latency(rows: tuple[LatencyRow, ...]) -> Figure:
+    ordered = sorted(rows, key=lambda row: row.batch)
+    groups = [(batch, list(group)) for batch, group in groupby(ordered, key=lambda row: row.batch)]
+    heights = [len(group) + 0.8 for _, group in groups]
+    figure = _new(9, 0.6 + 0.36 * sum(heights))
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (batch, group) in zip(panels, groups, strict=True):
+        medians = [row.p50 for row in group]
+        spread = [[row.p50 - row.p20 for row in group], [row.p80 - row.p50 for row in group]]
+        colours = ["#a9b1bc" if row.contender == row.baseline else COLOURS[1] for row in group]
+        bars = axes.barh(range(len(group)), medians, height=0.62, color=colours)
+        axes.errorbar(medians, range(len(group)), xerr=spread, fmt="none", ecolor=COLOURS[0], capsize=2.5, lw=1.1)
+        del bars
+        longest = max(row.p80 for row in group)
+        for position, row in enumerate(group):
+            speed = "" if row.speedup is None else f"   {units.times(row.speedup)}"
+            axes.text(row.p80 + 0.015 * longest, position, units.duration(row.p50) + speed, va="center", fontsize=8.5)
+        scale = Scale(0.0, 1.3 * longest)
+        ticks = tuple(tick for tick in scale.ticks(5) if tick <= 1.05 * longest)
+        _axis(axes.xaxis, scale, tuple(units.duration(tick) if tick else "0" for tick in ticks), ticks)
+        axes.set_yticks(range(len(group)), labels=[_text(row.contender, 34) for row in group])
+        axes.set_ylim(len(group) - 0.4, -0.6)
+        axes.set_title(f"Batch {batch}")
+        axes.grid(visible=False, axis="y")
+    panels[-1].set_xlabel("time per call: median, whiskers p20 to p80")
+    return figure
+
+
+def _curves(report: Report) -> Figure:
+    columns = min(2, len(report.curves))
+    rows = math.ceil(len(report.curves) / columns)
+    figure = _new(5.6 * columns, 3.7 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, curve in zip(panels, report.curves, strict=False):
+        for name, tone in charts.tones(list(curve.series)).items():
+            points = curve.series[name]
+            look: dict[str, Any] = {"color": COLOURS[tone], "ls": "--" if tone % 2 == 0 else "-", "lw": 1.6}
+            if len(points) <= 40:
+                look |= {"marker": MARKERS[charts.SHAPES[tone - 1]], "ms": 4}
+            axes.plot([a for a, _ in points], [b for _, b in points], label=_text(name), **look)
+        if curve.percent:
+            _percent_axis(axes, Scale.around([b for s in curve.series.values() for _, b in s], pad=0.07))
+        axes.set_title(_text(curve.name))
+        axes.set_xlabel(_text(curve.x_label))
+        axes.set_ylabel(_text(curve.y_label))
+        if curve.series:
+            axes.legend(fontsize=9)
+    for axes in list(panels)[len(report.curves) :]:
+        axes.set_visible(False)
+    return figure
