@@ -1,4 +1,4 @@
-"""What counts as data: a pair of tensors, a map-style dataset, an iterable of batches, or a function giving one."""
+"""What counts as data: two tensors, a torch dataset, an iterable of batches, or a function giving one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def passes(data: Data, batch_size: int, generator: torch.Generator | None = None
         inputs, labels = data
         if not len(inputs) == len(labels) > 0:
             raise InputError(
-                f"data: {len(inputs)} inputs and {len(labels)} labels; pass the same number of both, at least one."
+                f"data: {len(inputs)} inputs and {len(labels)} labels; pass as many of each, at least one."
             )
         return Batches(inputs, labels, batch_size, generator is not None, generator)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
@@ -48,7 +48,8 @@ def passes(data: Data, batch_size: int, generator: torch.Generator | None = None
         )
     if not isinstance(data, Iterable):
         raise InputError(
-            f"data is a {type(data).__name__}; pass (inputs, labels) tensors, a loader, or a function giving one."
+            f"data is a {type(data).__name__}; pass (inputs, labels) tensors, a loader, "
+            "or a function giving one."
         )
     return data
 
@@ -64,10 +65,10 @@ def length(batches: Iterable[Any]) -> int | None:
 def each(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
     """`(input, target)` on `device`. Raises `InputError` for a batch of another form, or if there is none."""
     count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007
+    for count, batch in enumerate(batches, 1):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise InputError(
-                f"batch {count - 1} is {_kind(batch)}; each batch must be (input, target) with a tensor target."
+                f"batch {count - 1} is {_kind(batch)}; it must be (input, target) with a tensor target."
             )
         yield to_device(batch[0], device), batch[1].to(device, non_blocking=True)
     if not count:
@@ -79,7 +80,8 @@ def each(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Te
 
 def _kind(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(type(part).__name__ for part in value[:4])})"
+        inside = ", ".join(type(part).__name__ for part in value[:4])
+        return f"a {type(value).__name__} of {len(value)} ({inside})"
     return f"a {type(value).__name__}"
 
 
@@ -102,14 +104,14 @@ def call(model: Callable[..., Any], value: Any) -> Any:
 
 
 def scores(output: Any) -> Tensor:
-    """The class scores in a model's output: a tensor, something with `.logits`, or a tuple starting with one."""
+    """The class scores in a model's output: a tensor, something with `.logits`, or the first of a tuple."""
     found = getattr(output, "logits", output)
     if isinstance(found, (tuple, list)) and found:
         found = found[0]
     if not isinstance(found, Tensor):
         raise InputError(
-            f"the model returned {_kind(output)}, in which no class scores are found; pass loss=, or wrap the "
-            "model so that it returns a tensor."
+            f"the model returned {_kind(output)}, in which no class scores are found. Pass loss=, or wrap "
+            "the model so that it returns a tensor."
         )
     return found
 

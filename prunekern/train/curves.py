@@ -46,4 +46,4 @@ def plot_history(history: History, path: str | os.PathLike[str]) -> Path:
         panel.grid(alpha=0.25)
         panel.legend(frameon=False)
     canvas = FigureCanvasAgg(figure)
-    return write_atomically(path, lambda file: canvas.print_png(file))
+    return write_atomically(path, canvas.print_png)

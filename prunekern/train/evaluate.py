@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ def accuracy(
     Raises `InputError` if the targets are not class indices.
     """
     found = evaluate(model, data, batch_size=batch_size, loss=_no_loss, device=device).accuracy
-    if found != found:
+    if math.isnan(found):
         raise InputError(
             "accuracy needs integer class targets [N] and scores [N, classes]; use evaluate(loss=…)."
         )

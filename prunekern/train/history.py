@@ -15,13 +15,16 @@ from prunekern.errors import ArtefactError
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass. `loss` is the mean over the training samples, `train_accuracy` the share right while training
-    (in train mode, as the weights change), validation figures those after the epoch (None without validation
-    data), `lr` the rate at its start, `seconds` wall time including validation."""
+    """One pass over the training data.
+
+    `loss`: mean over the training samples. `train_accuracy`: share right while the weights change.
+    `validation_*`: after the epoch; None without validation data. Accuracies are None where targets are not
+    class indices. `lr`: the rate at its start. `seconds`: wall time, validation included.
+    """
 
     epoch: int
     loss: float
-    train_accuracy: float
+    train_accuracy: float | None
     validation_loss: float | None
     validation_accuracy: float | None
     lr: float
@@ -30,8 +33,11 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """All epochs of a run. `best` is the index of the epoch with the highest validation accuracy (None without
-    validation data); `restored` says that the model was put back to it; `stopped_early` that `patience` ran out."""
+    """All epochs of a run.
+
+    `best`: index of the epoch with the highest validation accuracy (None without one). `restored`: the model
+    was put back to it. `stopped_early`: `patience` ran out.
+    """
 
     epochs: tuple[Epoch, ...]
     best: int | None = None

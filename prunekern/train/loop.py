@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -54,26 +55,27 @@ def fit(
 
     Data: `(inputs, labels)` tensors (fastest; put them on the device beforehand if they fit), a torch
     `Dataset`, any iterable of `(input, target)` batches, or a function returning one of these, called once
-    per epoch. Inputs of a batch may be a tensor, a tuple or a dict. `batch_size` is for tensors and datasets.
+    per epoch. A batch's input may be a tensor, a tuple or a dict. `batch_size` is for tensors and datasets.
 
-    `loss(output, target)` averages over the batch (default: cross-entropy of class scores). `regularise(model)`
-    is added to it if it gives a tensor. `before_step(model)` runs between backward and step: change gradients
-    there. The learning rate moves with every batch where the number of batches is known, else with every epoch:
-    "cosine" to zero, "step" by `gamma` at each share of the run in `milestones`, or "constant". `momentum` and
-    `nesterov` are SGD's. Parameters with `requires_grad=False` stay as they are.
+    `loss(output, target)` averages over the batch (default: cross-entropy of class scores).
+    `regularise(model)` is added to it if it gives a tensor. `before_step(model)` runs between backward and
+    step: change gradients there. The learning rate moves with every batch where the number of batches is
+    known, else with every epoch: "cosine" to zero, "step" by `gamma` at each share of the run in
+    `milestones`, or "constant". `momentum` and `nesterov` are SGD's. Parameters with `requires_grad=False`
+    stay as they are.
 
     `patience`: stop after that many epochs without a better validation accuracy; the best weights are then
-    restored (`restore_best` says so explicitly). `amp`: bfloat16 autocast, CUDA only. `device`: train there and
-    move the model back afterwards; by default it is trained where it is.
+    restored (`restore_best` asks for that by itself). `amp`: bfloat16 autocast, CUDA only. `device`: train
+    there and move the model back afterwards; by default it is trained where it is.
 
-    Reproducible: orders and dropout follow `seed` and no global generator is disturbed. With `checkpoint` the
-    state is written to that file after every epoch; the same call, with the model as it was at first, continues
-    after a kill and ends as if it had never stopped (data that keeps random state of its own excepted). A
-    finished checkpoint gives its result at once.
+    Reproducible: orders and dropout follow `seed`, and no global generator is disturbed. With `checkpoint`
+    the state is written to that file after every epoch; the same call, with the model as it was at first,
+    continues after a kill and ends as if it had never stopped (but for data with random state of its own).
+    A finished checkpoint gives its result at once.
 
-    Train/eval modes are left as found. Raises `InputError` (data or settings), `ModelError` (nothing to train;
-    the loss is no longer finite, weights are put back as they were), `ArtefactError` (checkpoint damaged, or of
-    another run), `UnknownName` (optimizer or schedule).
+    Train/eval modes are left as found. Raises `InputError` (data or settings), `ModelError` (nothing to
+    train; or the loss is no longer finite, then the weights are put back as they were), `ArtefactError`
+    (checkpoint damaged, or of another run), `UnknownName` (optimizer or schedule).
     """
     keep = patience is not None if restore_best is None else restore_best
     settings = Settings(
@@ -173,19 +175,19 @@ class _Run:
         start, index = time.perf_counter(), len(self.records)
         rate = self.settings.rate(index)
         loss, right = self._train_epoch(passes(train, self.settings.batch_size, self.generator), index, bar)
-        checked = None
+        checked = share = None
         if validate is not None:
             checked = evaluate(self.model, validate, loss=self.loss, device=self.device)
-            if self.settings.restore_best and checked.accuracy != checked.accuracy:
-                raise InputError("fit: patience and restore_best need integer class targets. Drop them.")
+            share = None if math.isnan(checked.accuracy) else checked.accuracy
+        if self.settings.restore_best and share is None:
+            raise InputError("fit: patience and restore_best need integer class targets. Drop them.")
         seconds = time.perf_counter() - start
-        scores = (checked.loss, checked.accuracy) if checked else (None, None)
-        self.records.append(Epoch(index, loss, right, *scores, rate, seconds))
+        self.records.append(Epoch(index, loss, right, checked and checked.loss, share, rate, seconds))
         if self.settings.restore_best and self._best() == index:
             self.best = store.state_of(self.model)
         bar.end(self.records[-1])
 
-    def _train_epoch(self, batches: Any, index: int, bar: Progress) -> tuple[float, float]:
+    def _train_epoch(self, batches: Any, index: int, bar: Progress) -> tuple[float, float | None]:
         """Mean loss and accuracy of one pass."""
         steps = length(batches)
         bar.start(index, steps)
@@ -203,13 +205,13 @@ class _Run:
                 scored += target.numel()
             bar.step()
         mean = float(total) / seen
-        if mean != mean or abs(mean) == float("inf"):
+        if not math.isfinite(mean):
             store.put_state(self.model, self.entry)
             raise ModelError(
-                f"fit: the loss became {mean} in epoch {index + 1} (lr={self.settings.lr}); the weights are back "
-                "as they were before training. Lower lr, or look for bad values in the data."
+                f"fit: the loss became {mean} in epoch {index + 1} (lr={self.settings.lr}); the weights are "
+                "back as they were before training. Lower lr, or look for bad values in the data."
             )
-        return mean, float(right) / scored if scored else float("nan")
+        return mean, float(right) / scored if scored else None
 
     def _set_rate(self, done: float) -> None:
         rate = self.settings.rate(done)

@@ -48,10 +48,11 @@ def shown(epochs: int, enabled: bool) -> Iterator[Progress]:
             bar.advance(task)
 
         def end(self, epoch: Epoch) -> None:
-            said = f"loss {epoch.loss:.4f}, train {epoch.train_accuracy:.2%}"
-            if epoch.validation_accuracy is not None:
-                said += f", validation {epoch.validation_accuracy:.2%}"
-            bar.update(task, last=said)
+            said = [f"loss {epoch.loss:.4f}"]
+            for label, share in (("train", epoch.train_accuracy), ("validation", epoch.validation_accuracy)):
+                if share is not None:
+                    said.append(f"{label} {share:.2%}")
+            bar.update(task, last=", ".join(said))
 
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("training", total=None, last="")

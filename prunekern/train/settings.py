@@ -17,7 +17,7 @@ SCHEDULES: dict[str, Callable[[Settings, float], float]] = {
     "cosine": lambda settings, share: 0.5 * (1 + math.cos(math.pi * share)),
     "step": lambda settings, share: settings.gamma ** sum(share >= at - 1e-9 for at in settings.milestones),
 }
-"""Learning-rate factors by the share of the run that is done, 0..1. Cosine: Loshchilov, Hutter 2017, no restarts."""
+"""Learning-rate factors by the share of the run that is done, 0..1 (cosine: Loshchilov and Hutter 2017)."""
 
 OPTIMIZERS: dict[str, Callable[[Settings, Iterable[Tensor]], torch.optim.Optimizer]] = {
     "sgd": lambda settings, parameters: torch.optim.SGD(
