@@ -105,8 +105,8 @@ def x_axis(scale: Scale, labels: Sequence[str], ticks: Sequence[float]) -> tuple
 def y_axis(scale: Scale, *, percent: bool) -> tuple[Tick, ...]:
     """Ticks of a vertical axis, in percent or as plain numbers."""
     ticks = scale.ticks(6)
-    text = units.percent if percent else lambda value, digits: f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    return tuple(Tick(scale.at(t), label) for t, label in zip(ticks, tick_labels(ticks, text), strict=True))
+    labels = tick_labels(ticks, units.percent if percent else units.fixed)
+    return tuple(Tick(scale.at(tick), label) for tick, label in zip(ticks, labels, strict=True))
 
 
 def path(points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> str:
@@ -171,8 +171,9 @@ def pareto_chart(report: Report, *, log: bool) -> Chart:
     marks, labels = [], []
     flags = on_front(report.pareto)
     # Plain points first, so that the front, the dense and the chosen network are drawn on top of them.
-    order = sorted(zip(report.pareto, flags, strict=True), key=lambda i: (i[0].chosen, i[0].stage == DENSE, i[1]))
-    for point, front in order:
+    pairs = list(zip(report.pareto, flags, strict=True))
+    pairs.sort(key=lambda pair: (pair[0].chosen, pair[0].stage == DENSE, pair[1]))
+    for point, front in pairs:
         if not (x.holds(point.macs) and y.holds(point.accuracy)):
             continue
         tone = stage_tones.get(point.stage, 0)
@@ -188,7 +189,8 @@ def pareto_chart(report: Report, *, log: bool) -> Chart:
     lines = [Line(_front_path(report, x, y), 0, "frontline")]
     legend = [Key("Pareto front", 0, style="frontline")]
     if report.accuracy_floor is not None:
-        lines.append(Line(path([(x.low, report.accuracy_floor), (x.high, report.accuracy_floor)], x, y), 0, "limit"))
+        floor = [(x.low, report.accuracy_floor), (x.high, report.accuracy_floor)]
+        lines.append(Line(path(floor, x, y), 0, "limit"))
         legend.append(Key(f"limit {units.percent(report.accuracy_floor, 1)}", 0, style="limit"))
     if any(point.stage == DENSE for point in report.pareto):
         legend.append(Key("dense original", 0, "star"))
@@ -277,20 +279,26 @@ def triplet_chart(report: Report) -> Chart:
     )
 
 
+def _dash(tone: int) -> str:
+    """Every second series is dashed, so that colour is not all that tells them apart."""
+    return "dashed" if tone % 2 == 0 else ""
+
+
 def curve_chart(curve: Curve) -> Chart:
     """Lines over a common x axis, one per series."""
     points = [point for series in curve.series.values() for point in series]
     x = Scale.around([a for a, _ in points], pad=0.02)
     y = Scale.around([b for _, b in points], pad=0.07)
-    show_y = (lambda value: units.percent(value)) if curve.percent else (lambda value: units.significant(value, 4))
     colours = tones(list(curve.series))
-    lines, marks = [], []
+    lines: list[Line] = []
+    marks: list[Mark] = []
     for name, series in curve.series.items():
-        lines.append(Line(path(series, x, y), colours[name], "dashed" if colours[name] % 2 == 0 else ""))
+        lines.append(Line(path(series, x, y), colours[name], _dash(colours[name])))
         few = "small" if len(series) <= 40 else "ghost"
         for a, b in series:
             if x.holds(a) and y.holds(b):
-                tip = f"{name}\n{curve.x_label} {units.significant(a, 4)}\n{curve.y_label} {show_y(b)}"
+                height = units.percent(b) if curve.percent else units.significant(b, 4)
+                tip = f"{name}\n{curve.x_label} {units.significant(a, 4)}\n{curve.y_label} {height}"
                 at = (x.at(a), round(100 - y.at(b), 2))
                 marks.append(Mark(*at, SHAPES[colours[name] - 1], colours[name], few, tip))
     ticks = x.ticks(6)
@@ -298,11 +306,11 @@ def curve_chart(curve: Curve) -> Chart:
         summary=f"{curve.name}: {curve.y_label} over {curve.x_label}; series {', '.join(curve.series)}.",
         x_title=curve.x_label,
         y_title=curve.y_label,
-        x_ticks=x_axis(x, tick_labels(ticks, lambda value, digits: f"{value:.{digits}f}"), ticks),
+        x_ticks=x_axis(x, tick_labels(ticks, units.fixed), ticks),
         y_ticks=y_axis(y, percent=curve.percent),
         lines=tuple(lines),
         marks=tuple(marks),
-        legend=tuple(Key(name, tone, style="dashed" if tone % 2 == 0 else "") for name, tone in colours.items()),
+        legend=tuple(Key(name, tone, style=_dash(tone)) for name, tone in colours.items()),
     )
 
 

@@ -22,7 +22,7 @@ NAMES = ("pareto.png", "layers.png", "triplets.png", "latency.png", "curves.png"
 COLOURS = ("#1b2430", "#0072b2", "#c75a00", "#00805c", "#a3447f", "#8a6d00", "#5650b8")
 PALE, SOFT, GRID, BAD = "#c5d6e6", "#566273", "#e4e8ee", "#b03a00"
 MARKERS = dict(zip(charts.SHAPES, ("o", "s", "^", "D", "X", "v"), strict=True)) | {"star": "*"}
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.parse_math": False,  # a layer may be called "$x"
@@ -80,7 +80,7 @@ def _new(width: float, height: float) -> Figure:
 
 
 def _text(text: str, longest: int = 40) -> str:
-    """A name as matplotlib shows it: printable, of bounded length; a leading underscore hides legend entries."""
+    """A name fit for a plot: printable, not too long, without the leading underscore that hides entries."""
     text = units.printable(text)
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     return f" {text}" if text.startswith("_") else text
@@ -112,19 +112,20 @@ def _pareto(report: Report) -> Figure:
     axes = figure.add_subplot()
     x, y = charts.pareto_scales(report, charts.wants_log(report.pareto))
     front = pareto_front(report.pareto)
-    macs, accuracies = [*(p.macs for p in front), x.high], [*(p.accuracy for p in front)]
     if front:
-        axes.step(macs, [*accuracies, accuracies[-1]], where="post", color=SOFT, lw=1.4, label="Pareto front")
+        corners = [*((p.macs, p.accuracy) for p in front), (x.high, front[-1].accuracy)]
+        axes.step(*zip(*corners, strict=True), where="post", color=SOFT, lw=1.4, label="Pareto front")
     if report.accuracy_floor is not None:
         label = f"limit {units.percent(report.accuracy_floor, 1)}"
         axes.axhline(report.accuracy_floor, color=BAD, lw=1.2, ls=":", label=label)
     flags = on_front(report.pareto)
     for stage, tone in charts.tones([p.stage for p in report.pareto if p.stage != DENSE]).items():
         group = [(p, flag) for p, flag in zip(report.pareto, flags, strict=True) if p.stage == stage]
-        look: dict[str, Any] = {"marker": MARKERS[charts.SHAPES[tone - 1]], "color": COLOURS[tone], "s": 34, "lw": 0}
-        for flag, alpha, label in ((False, 0.4, None), (True, 1.0, _text(stage or "networks"))):
-            points = [p for p, on in group if on is flag]
-            axes.scatter([p.macs for p in points], [p.accuracy for p in points], alpha=alpha, label=label, **look)
+        look: dict[str, Any] = {"marker": MARKERS[charts.SHAPES[tone - 1]], "color": COLOURS[tone], "lw": 0}
+        for optimal, alpha, label in ((False, 0.4, ""), (True, 1.0, _text(stage or "networks"))):
+            macs = [p.macs for p, flag in group if flag is optimal]
+            accuracies = [p.accuracy for p, flag in group if flag is optimal]
+            axes.scatter(macs, accuracies, s=34, alpha=alpha, label=label or None, **look)
     _special_points(axes, report, x)
     ticks, labels = charts.macs_ticks(x)
     _axis(axes.xaxis, x, labels, ticks)
@@ -137,17 +138,19 @@ def _pareto(report: Report) -> Figure:
 
 
 def _special_points(axes: Axes, report: Report, x: Scale) -> None:
+    ink: dict[str, Any] = {"edgecolors": COLOURS[0], "zorder": 4}
     for point in report.pareto:
+        at = (point.macs, point.accuracy)
         if point.stage == DENSE:
-            axes.scatter(point.macs, point.accuracy, marker="*", s=150, color=COLOURS[0], label="dense original", zorder=4)
+            axes.scatter(*at, marker="*", s=150, facecolors=COLOURS[0], label="dense original", **ink)
         if point.chosen:
-            axes.scatter(point.macs, point.accuracy, s=190, facecolors="none", edgecolors=COLOURS[0], lw=1.8, zorder=4)
+            axes.scatter(*at, s=190, facecolors="none", lw=1.8, **ink)
         if not (point.chosen or point.stage == DENSE) or not math.isfinite(point.accuracy):
             continue
         right = x.holds(point.macs) and x.at(point.macs) > 70
         axes.annotate(
             f"{'chosen' if point.chosen else 'dense'}: {units.percent(point.accuracy)}",
-            (point.macs, point.accuracy),
+            at,
             xytext=(-12 if right else 12, 10),
             textcoords="offset points",
             ha="right" if right else "left",
@@ -160,7 +163,8 @@ def _layers(rows: tuple[LayerRow, ...]) -> Figure:
     figure = _new(11, 1.6 + 0.42 * min(len(rows), 120))
     panels = figure.subplots(1, 3, sharey=True)
     positions = range(len(rows))
-    for axes, title, key in zip(panels, ("Channels", "MACs", "Parameters"), ("", "macs_", "params_"), strict=True):
+    quantities = (("Channels", ""), ("MACs", "macs_"), ("Parameters", "params_"))
+    for axes, (title, key) in zip(panels, quantities, strict=True):
         before = [getattr(row, f"{key}before") for row in rows]
         after = [getattr(row, f"{key}after") for row in rows]
         axes.barh(positions, before, height=0.74, color=PALE, label="before")
@@ -192,11 +196,13 @@ def _triplets(report: Report) -> Figure:
         middle = (first + last) / 2
         axes.text(middle, y.high, _text(layer, 18), ha="center", va="bottom", fontsize=9, clip_on=False)
     axes.plot(index, [t.before for t in steps], color=COLOURS[3], lw=1.3, ls="--", label="before pruning")
-    axes.plot(index, [t.after_pruning for t in steps], color=COLOURS[2], lw=0, marker="v", ms=4, label="after pruning")
+    pruned = [t.after_pruning for t in steps]
+    axes.plot(index, pruned, color=COLOURS[2], lw=0, marker="v", ms=4, label="after pruning")
     kept = [(i, t.after_retraining) for i, t in enumerate(steps) if t.accepted]
     undone = [(i, t.after_retraining) for i, t in enumerate(steps) if not t.accepted]
     if kept:
-        axes.plot(*zip(*kept, strict=True), color=COLOURS[1], lw=1.3, marker="o", ms=3.5, label="after retraining")
+        look: dict[str, Any] = {"color": COLOURS[1], "lw": 1.3, "marker": "o", "ms": 3.5}
+        axes.plot(*zip(*kept, strict=True), label="after retraining", **look)
     if undone:
         axes.plot(*zip(*undone, strict=True), color=COLOURS[4], lw=0, marker="X", ms=8, label="undone step")
     ticks = tuple(tick for tick in x.ticks(8) if tick == int(tick) and 0 <= tick < len(steps))
@@ -218,13 +224,14 @@ def _latency(rows: tuple[LatencyRow, ...]) -> Figure:
         medians = [row.p50 for row in group]
         spread = [[row.p50 - row.p20 for row in group], [row.p80 - row.p50 for row in group]]
         colours = ["#a9b1bc" if row.contender == row.baseline else COLOURS[1] for row in group]
-        bars = axes.barh(range(len(group)), medians, height=0.62, color=colours)
-        axes.errorbar(medians, range(len(group)), xerr=spread, fmt="none", ecolor=COLOURS[0], capsize=2.5, lw=1.1)
-        del bars
+        positions = range(len(group))
+        axes.barh(positions, medians, height=0.62, color=colours)
+        axes.errorbar(medians, positions, xerr=spread, fmt="none", ecolor=COLOURS[0], capsize=2.5, lw=1.1)
         longest = max(row.p80 for row in group)
         for position, row in enumerate(group):
-            speed = "" if row.speedup is None else f"   {units.times(row.speedup)}"
-            axes.text(row.p80 + 0.015 * longest, position, units.duration(row.p50) + speed, va="center", fontsize=8.5)
+            text = units.duration(row.p50)
+            text += "" if row.speedup is None else f"   {units.times(row.speedup)}"
+            axes.text(row.p80 + 0.015 * longest, position, text, va="center", fontsize=8.5)
         scale = Scale(0.0, 1.3 * longest)
         ticks = tuple(tick for tick in scale.ticks(5) if tick <= 1.05 * longest)
         _axis(axes.xaxis, scale, tuple(units.duration(tick) if tick else "0" for tick in ticks), ticks)

@@ -82,8 +82,7 @@ def tick_labels(ticks: tuple[float, ...], text: Callable[[float, int], str]) -> 
 
 def _evenly(ticks: tuple[float, ...], digits: int, text: Callable[[float, int], str]) -> bool:
     """Whether one more digit would say nothing new (2.5 must not read 2 or 3)."""
-    more = (text(tick, digits + 1) for tick in ticks)
-    return all(float_of(a) == float_of(b) for a, b in zip((text(t, digits) for t in ticks), more, strict=True))
+    return all(float_of(text(tick, digits)) == float_of(text(tick, digits + 1)) for tick in ticks)
 
 
 def float_of(label: str) -> float:

@@ -30,9 +30,11 @@ class Grid:
     caption: str = ""
 
 
-def _grid(
-    title: str, columns: Sequence[str], numbers: Sequence[int], rows: Sequence[tuple[str, tuple[str, ...]]], caption: str = ""
-) -> Grid:
+Rows = list[tuple[str, tuple[str, ...]]]
+"""(style, cells) of each row."""
+
+
+def _grid(title: str, columns: Sequence[str], numbers: Sequence[int], rows: Rows, caption: str = "") -> Grid:
     clean = tuple(tuple(units.printable(cell) for cell in cells) for _, cells in rows)
     return Grid(title, tuple(columns), frozenset(numbers), clean, tuple(style for style, _ in rows), caption)
 
@@ -50,15 +52,13 @@ def grids(report: Report, *, full: bool = False) -> Iterator[Grid]:
     if report.latency:
         yield _latency(report)
     for table in report.tables:
-        rows = [("", tuple(units.plain(cell) for cell in row)) for row in table.rows]
+        rows: Rows = [("", tuple(units.plain(cell) for cell in row)) for row in table.rows]
         rows, caption = _cut(rows, full, table.caption)
         columns = [index for index in range(len(table.columns)) if numeric(table, index)]
         yield _grid(table.title, table.columns, columns, rows, caption)
 
 
-def _cut(
-    rows: list[tuple[str, tuple[str, ...]]], full: bool, caption: str
-) -> tuple[list[tuple[str, tuple[str, ...]]], str]:
+def _cut(rows: Rows, full: bool, caption: str) -> tuple[Rows, str]:
     if full or len(rows) <= SHORT:
         return rows, caption
     left_out = f"{len(rows) - SHORT} more rows with full=True or in the saved report"
@@ -66,7 +66,7 @@ def _cut(
 
 
 def _layers(report: Report) -> Grid:
-    rows = [
+    rows: Rows = [
         (
             "",
             (
@@ -87,7 +87,7 @@ def _layers(report: Report) -> Grid:
 
 
 def _front(report: Report, full: bool) -> Grid:
-    rows = []
+    rows: Rows = []
     for point in pareto_front(report.pareto):
         cells = (point.name, point.stage, units.count(point.macs), units.percent(point.accuracy))
         rows.append(("strong" if point.chosen else "", (*cells, "chosen" if point.chosen else "")))
@@ -96,9 +96,7 @@ def _front(report: Report, full: bool) -> Grid:
     return _grid(f"Pareto front ({len(report.pareto)} networks measured)", names, (2, 3), rows, caption)
 
 
-def _cut_around_chosen(
-    rows: list[tuple[str, tuple[str, ...]]], full: bool
-) -> tuple[list[tuple[str, tuple[str, ...]]], str]:
+def _cut_around_chosen(rows: Rows, full: bool) -> tuple[Rows, str]:
     """The stretch of the front that holds the chosen network."""
     if full or len(rows) <= SHORT:
         return rows, ""
@@ -120,7 +118,7 @@ def _telling(triplets: Sequence[Triplet]) -> list[Triplet]:
 
 def _triplets(report: Report, full: bool) -> Grid:
     steps = list(report.triplets) if full or len(report.triplets) <= SHORT else _telling(report.triplets)
-    rows = [
+    rows: Rows = [
         (
             "" if step.accepted else "bad",
             (
@@ -139,16 +137,18 @@ def _triplets(report: Report, full: bool) -> Grid:
         )
         for step in steps
     ]
-    names = ("Step", "Layer", "Left", "Before", "Pruned", "Retrained", "Drop", "This step", "MACs", "Test", "")
+    accuracies = ("Before", "Pruned", "Retrained")
+    names = ("Step", "Layer", "Left", *accuracies, "Drop", "This step", "MACs", "Test", "")
     hidden = len(report.triplets) - len(steps)
-    caption = "drops in points" + (f"; {hidden} more steps with full=True or in triplets.csv" if hidden else "")
+    caption = "drops in points"
+    caption += f"; {hidden} more steps with full=True or in triplets.csv" if hidden else ""
     return _grid(f"Pruning steps ({len(report.triplets)})", names, (0, *range(2, 10)), rows, caption)
 
 
 def _proof(report: Report) -> Grid:
     assert report.proof is not None
     words = {True: ("good", "passed"), False: ("bad", "FAILED"), None: ("dim", "for information")}
-    rows = []
+    rows: Rows = []
     for name, check in report.proof.checks.items():
         style, word = words[check.passed]
         cells = (name, check_number(check.value, check.unit), limit_text(check), word, check.explanation)
@@ -157,7 +157,7 @@ def _proof(report: Report) -> Grid:
 
 
 def _latency(report: Report) -> Grid:
-    rows = []
+    rows: Rows = []
     for row in sorted(report.latency, key=lambda item: item.batch):
         times = (units.duration(row.p20), units.duration(row.p50), units.duration(row.p80))
         style = "dim" if row.contender == row.baseline else ""

@@ -19,7 +19,7 @@ _STYLES = {"": "", "good": "green", "bad": "bold red", "strong": "bold", "dim": 
 def show(report: Report, *, full: bool = False, file: TextIO | None = None) -> None:
     """Prints the report to `file` (standard output if None).
 
-    Long sections are cut to their telling rows, and say so; `full=True` prints all of them and the environment.
+    Long sections are cut to their telling rows, and say so; `full=True` prints all, with the environment.
     """
     try:
         import rich  # noqa: F401
@@ -51,7 +51,8 @@ def _rich_table(grid: Grid) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=Text(grid.title), title_justify="left", title_style="bold", pad_edge=False)
+    title = Text(grid.title, style="bold")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     table.caption = Text(grid.caption) if grid.caption else None
     table.caption_justify = "left"
     for index, column in enumerate(grid.columns):
@@ -76,7 +77,8 @@ def _show_rich(report: Report, full: bool, file: TextIO) -> None:
     if report.headline:
         cards = Table(box=None, show_header=False, pad_edge=False)
         for label, value, detail in _headline(report):
-            cards.add_row(Text(label), Text(value, style="bold cyan", justify="right"), Text(detail, style="dim"))
+            number = Text(value, style="bold cyan", justify="right")
+            cards.add_row(Text(label), number, Text(detail, style="dim"))
         console.print()
         console.print(cards)
     for grid in grids(report, full=full):

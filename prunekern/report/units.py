@@ -45,6 +45,11 @@ def exact(value: float) -> str:
     return _minus(f"{value:,}")
 
 
+def fixed(value: float, digits: int) -> str:
+    """So many decimals, for axis labels."""
+    return _minus(f"{value:.{digits}f}")
+
+
 def percent(fraction: float | None, digits: int = 2) -> str:
     """0.9123 -> "91.23 %"."""
     if fraction is None:
@@ -97,7 +102,7 @@ def plain(value: float | int | str | None) -> str:
 
 def quantity(value: float | int | str, unit: str) -> tuple[str, str]:
     """A headline value as (number, unit), prefix and percent sign with the unit."""
-    if isinstance(value, str) or isinstance(value, bool):
+    if isinstance(value, str | bool):
         return str(value), unit
     if unit == "fraction":
         text = percent(value)
