@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 MODES = ("none", "cpp", "cuda")
-REBUILD = "PRUNEKERN_BUILD=cpp pip install --no-build-isolation"
+REBUILD = "PRUNEKERN_BUILD=cpp pip install -e . --no-build-isolation"
 
 
 def say(text: str) -> None:
@@ -45,6 +45,10 @@ def find_compiler() -> str | None:
 class OptionalBuildExt(build_ext):
     """`build_ext` that leaves the extension out, with its reason, instead of failing the install."""
 
+    def run(self) -> None:
+        self.in_source = bool(self.inplace)  # setuptools clears the flag while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         reason = self.obstacle()
         if reason is None:
@@ -52,15 +56,21 @@ class OptionalBuildExt(build_ext):
                 self.add_torch(ext)
                 super().build_extension(ext)
             except (BaseError, CCompilerError, OSError) as error:
-                reason = f"the extension did not compile ({error}); pip's -v shows the compiler's output"
-        self.note(reason)
+                say(str(error))
+                reason = f"{os.environ['CXX']} could not build it; `{REBUILD} -v` shows its output"
+        binary = Path(self.get_ext_filename(ext.name)).name
+        for folder in self.package_folders():
+            note = folder / "_C.reason"
+            note.unlink(missing_ok=True)
+            if reason is not None:
+                # An older binary would be used with sources that it was not made from.
+                (folder / binary).unlink(missing_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                note.write_text(reason + "\n", encoding="utf-8")
         if reason is None:
             say("C++ extension built.")
-            return
-        # An older binary would be used with sources that it was not made from.
-        for stale in (self.get_ext_fullpath(ext.name), self.in_source(ext)):
-            Path(stale).unlink(missing_ok=True)
-        say(f"NOTE: pure-Python install: {reason}. Everything works, some CPU paths are slower.")
+        else:
+            say(f"NOTE: pure-Python install: {reason}. Everything works, some CPU paths are slower.")
 
     def obstacle(self) -> str | None:
         """Why nothing can be compiled, or None."""
@@ -84,19 +94,9 @@ class OptionalBuildExt(build_ext):
         ext.include_dirs += include_paths()
         ext.library_dirs += library_paths()
 
-    def in_source(self, ext: Extension) -> Path:
-        return Path("prunekern") / Path(self.get_ext_filename(ext.name)).name
-
-    def note(self, reason: str | None) -> None:
-        folders = [Path(self.build_lib) / "prunekern"]
-        if self.inplace or self.editable_mode:
-            folders.append(Path("prunekern"))
-        for folder in folders:
-            file = folder / "_C.reason"
-            file.unlink(missing_ok=True)
-            if reason is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                file.write_text(reason + "\n", encoding="utf-8")
+    def package_folders(self) -> list[Path]:
+        """Where the binary goes: the build folder, and the sources too for an editable install."""
+        return [Path(self.build_lib) / "prunekern", *([Path("prunekern")] if self.in_source else [])]
 
 
 setup(

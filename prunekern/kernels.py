@@ -19,7 +19,7 @@ from prunekern.errors import InputError
 _CPP_DTYPES = (torch.float32, torch.float64)
 
 
-_REBUILD = "PRUNEKERN_BUILD=cpp pip install --no-build-isolation, with torch installed before"
+_REBUILD = "`PRUNEKERN_BUILD=cpp pip install -e . --no-build-isolation`, with torch installed before"
 
 
 def unavailable() -> str | None:
