@@ -1,8 +1,8 @@
 """Imports point one way, the package imports with the core dependencies alone, and files stay short.
 
 The order, lowest first; a module may import what is lower, and its own package:
-errors <- core, kernels <- ops <- graph <- cost <- prune <- lower <- backends <- data <- search, train, analysis
-<- result <- api <- report <- recipes <- cli.
+errors <- core, kernels <- ops <- graph <- cost <- prune <- lower <- backends <- data
+<- search, train, analysis <- result <- api <- report <- recipes <- cli.
 """
 
 from __future__ import annotations
