@@ -74,6 +74,8 @@ class Tape:
         self.balanced: list[Tensor] = []
         self.tables: dict[tuple[str, int], Tensor] = {}
         self.axes: dict[tuple[str, int], Tensor] = {}
+        self.produced: dict[tuple[str, int], None] = {}
+        self.consumed: dict[tuple[str, int], None] = {}
         self.masked: dict[fx.Node, list[fx.Node]] = {}
         self.memory: dict[fx.Node, Any] = {}
 
@@ -169,6 +171,21 @@ class Tape:
         if not isinstance(arg, fx.Node) or self.shape(arg)[axis] == 1:
             return None
         return self.along(node, self.planes(arg), axis)[0]
+
+    def produce(self, node: fx.Node, arg: Any, axis: int) -> Tensor | None:
+        """Like ``axis``, for the axis of a contraction's weight that issues channels."""
+        self._note(self.produced, arg, axis)
+        return self.axis(node, arg, axis)
+
+    def read(self, node: fx.Node, arg: Any, axis: int) -> Tensor | None:
+        """Like ``axis``, for the axis of a contraction's weight that reads channels."""
+        self._note(self.consumed, arg, axis)
+        return self.axis(node, arg, axis)
+
+    def _note(self, where: dict[tuple[str, int], None], arg: Any, axis: int) -> None:
+        name = self.graph.fqn(arg)
+        if name is not None:
+            where[name, axis] = None
 
     def tie(self, node: fx.Node, left: Tensor | None, right: Tensor | None) -> None:
         """Two axes that run together: unify them; an axis without labels always stays, and so does its partner."""

@@ -13,65 +13,88 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from prunekern.core.graph import Graph, place
-from prunekern.core.labels import FIXED, Frozen, Planes, Tape, spread, varying
+from prunekern.core.graph import Dim, Graph, place
+from prunekern.core.labels import FIXED, Frozen, Tape, compact, spread
 from prunekern.core.rule import Registry
+
+
+Live = tuple[tuple[int, Tensor], ...]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Which channel every position of every tensor belongs to. ``group[label]`` is its group; group 0 stays.
+    """Which group every index of every axis belongs to. Group 0 always stays.
 
-    axes:     (state name, axis) -> label of each index; only axes longer than one.
-    tables:   (state name, axis) -> labels [rows, n] for an axis of which each row of axis 0 has its own.
+    axes:     (state name, axis) -> group of each index; [rows, n] where each row of axis 0 has its own.
+    live:     node -> (axis, group of each index) for every axis with channels; a list for several tensors.
+    produced: the parameter axes that contractions issue channels from ("out" axes), in order of the graph.
+    consumed: the parameter axes that contractions read channels with ("in" axes).
     balanced: groups [rows, n]; after any choice every row keeps equally many.
     masked:   node -> the arguments at which removed channels count as zeros.
     frozen:   what stays because of an operator, and why.
     """
 
     graph: Graph
-    group: Tensor
     groups: int
     axes: Mapping[tuple[str, int], Tensor]
-    tables: Mapping[tuple[str, int], Tensor]
+    live: Mapping[fx.Node, Any]
+    produced: tuple[tuple[str, int], ...]
+    consumed: frozenset[tuple[str, int]]
     balanced: tuple[Tensor, ...]
-    planes: Mapping[fx.Node, Any]
     masked: Mapping[fx.Node, tuple[fx.Node, ...]]
     frozen: tuple[Frozen, ...]
 
-    def axis_groups(self, name: str, axis: int) -> Tensor:
-        """Group of each index of a parameter's axis; [rows, n] where rows differ."""
-        table = self.tables.get((name, axis))
-        return self.group[self.axes[name, axis] if table is None else table]
-
     def alive(self, node: fx.Node, axis: int, keep: Tensor) -> Tensor:
         """Boolean vector: which old indices of an activation's axis remain, for ``keep`` [groups] boolean."""
-        return self._alive(self.planes.get(node, ()), self.graph.shape(node)[axis], axis, keep)
-
-    def _alive(self, planes: Planes, size: int, axis: int, keep: Tensor) -> Tensor:
-        alive = torch.ones(size, dtype=torch.bool)
-        for plane in planes:
-            if axis in varying(plane):
-                rows = keep[self.group[plane]] if len(varying(plane)) > 1 else None
-                if rows is None:
-                    vector = plane.transpose(0, axis).reshape(size, -1)[:, 0]
-                    alive &= keep[self.group[vector]]
-                else:
-                    alive &= rows.transpose(0, axis).reshape(size, -1).any(1)
-        return alive
+        rank = len(self.graph.dims[node.name])
+        size = self.graph.shape(node)[axis]
+        return _alive(self.live.get(node, ()), size, axis % rank, keep)
 
     def mask(self, node: fx.Node, keep: Tensor) -> Tensor | None:
         """Boolean tensor that broadcasts to an activation: which elements remain; None where all do."""
         mask: Tensor | None = None
-        for plane in self.planes.get(node, ()):
-            live = varying(plane)
-            for axis in range(plane.dim()):
-                if axis not in live:
-                    plane = plane.narrow(axis, 0, 1)
-            alive = keep[self.group[plane]]
-            if not bool(alive.all()):
-                mask = alive if mask is None else mask & alive
+        rank = len(self.graph.dims[node.name])
+        for axis, groups in self.live.get(node, ()):
+            vector = keep[groups]
+            if not bool(vector.all()):
+                spread_out = vector.view([-1 if a == axis else 1 for a in range(rank)])
+                mask = spread_out if mask is None else mask & spread_out
         return mask
+
+    def dims(self, node: fx.Node, keep: Tensor) -> Any:
+        """The predicted shape of a node (Dims; a list of shapes for several tensors)."""
+        old, live = self.graph.dims[node.name], self.live.get(node)
+        if not live:
+            return old
+        if isinstance(old, list):
+            return [_shrunk(shape, item, keep) for shape, item in zip(old, live, strict=True)]
+        name = self.graph.fqn(node)
+        if name is not None:
+            return tuple(dim if (name, axis) not in self.axes else Dim(0, kept_count(self.axes[name, axis], keep))
+                         for axis, dim in enumerate(old))
+        return _shrunk(old, live, keep)
+
+
+def kept_count(groups: Tensor, keep: Tensor) -> int:
+    """How many indices of an axis remain; of a [rows, n] axis, how many each remaining row keeps."""
+    alive = keep[groups]
+    return int(alive.sum() if alive.dim() == 1 else alive.sum(1).max())
+
+
+def _alive(live: Live, size: int, axis: int, keep: Tensor) -> Tensor:
+    alive = torch.ones(size, dtype=torch.bool)
+    for a, groups in live:
+        if a == axis:
+            alive = alive & keep[groups]
+    return alive
+
+
+def _shrunk(old: tuple[Dim, ...], live: Live, keep: Tensor) -> tuple[Dim, ...]:
+    new = list(old)
+    for axis in {axis for axis, _ in live}:
+        if not old[axis].scale:
+            new[axis] = Dim(0, int(_alive(live, old[axis].offset, axis, keep).sum()))
+    return tuple(new)
 
 
 def label(graph: Graph, registry: Registry, *, keep_outputs: bool = True) -> Labels:
@@ -129,27 +152,47 @@ def _has_tensor(tape: Tape, node: fx.Node) -> bool:
 def _finish(tape: Tape) -> Labels:
     group, count = _components(tape)
     for table in tape.joint:
-        if not _rectangular(group[table]):
+        if _free_axis(group[table]) is None:
             # Keep the same positions in every row: the last axis is free, all others run together.
             first = table.reshape(-1, table.shape[-1])[:1].view((1,) * (table.dim() - 1) + (-1,))
             tape.unify(table, first.expand_as(table))
             group, count = _components(tape)
+    axes = {key: group[tape.tables.get(key, labels)] for key, labels in tape.axes.items()}
     return Labels(
-        graph=tape.graph, group=group, groups=count, axes=dict(tape.axes), tables=dict(tape.tables),
-        balanced=tuple(group[table] for table in tape.balanced), planes=dict(tape.memory),
+        graph=tape.graph, groups=count, axes=axes,
+        live={node: _live_of(item, group) for node, item in tape.memory.items() if item},
+        produced=tuple(tape.produced), consumed=frozenset(tape.consumed),
+        balanced=tuple(group[table] for table in tape.balanced),
         masked={node: tuple(args) for node, args in tape.masked.items()}, frozen=tuple(tape.frozen))
 
 
-def _rectangular(groups: Tensor) -> bool:
-    """Whether the groups of a table vary along one axis only, so that any choice leaves a rectangle."""
+def _live_of(item: Any, group: Tensor) -> Any:
+    """Planes (or a list of them) as (axis, group of each index) pairs; axes whose every index stays are left out."""
+    if isinstance(item, list):
+        return [_live_of(planes, group) for planes in item]
+    found = []
+    for plane in item:
+        groups = group[compact(plane)]
+        axis = _free_axis(groups)
+        if axis is None:
+            raise AssertionError("a plane is left without a rectangular choice")
+        vector = groups.transpose(0, axis).reshape(groups.shape[axis], -1)[:, 0]
+        if bool((vector != FIXED).any()):
+            # A joint plane of atomic rows has one group along its other axes, which then never shrink.
+            found.append((axis, vector))
+    return tuple(found)
+
+
+def _free_axis(groups: Tensor) -> int | None:
+    """The axis along which alone the groups of a table vary, so that any choice leaves a rectangle."""
     for axis in range(groups.dim()):
         vector = groups
         for other in range(groups.dim()):
             if other != axis:
                 vector = vector.narrow(other, 0, 1)
         if bool((groups == vector).all()):
-            return True
-    return False
+            return axis
+    return None
 
 
 def _components(tape: Tape) -> tuple[Tensor, int]:

@@ -1,0 +1,226 @@
+"""Choice -> plan -> a physically smaller module. The given model is never modified."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from prunekern.core.graph import Graph, Shape, at, owner
+from prunekern.core.plan import Plan
+from prunekern.core.rule import Registry
+from prunekern.errors import PlanError
+from prunekern.graph.groups import Groups
+from prunekern.graph.labels import Labels
+
+
+def plan_of(groups: Groups, keep: Tensor, **details: Any) -> Plan:
+    """Write down a choice. keep: boolean [groups]; details: further fields of Plan."""
+    labels = groups.labels
+    kept: dict[str, dict[int, list[Any]]] = {}
+    for (name, axis), index in labels.axes.items():
+        alive = keep[index]
+        if bool(alive.all()) or name in labels.graph.constants:
+            continue
+        kept.setdefault(name, {})[axis] = _indices(alive)
+    shapes = {}
+    for node in labels.graph.nodes:
+        if node.op == "call_function" and labels.live.get(node):
+            new = labels.dims(node, keep)
+            if new != labels.graph.dims[node.name]:
+                shapes[node.name] = _text(new)
+    return Plan(graph=groups.fingerprint(), kept=kept, shapes=shapes, **details)
+
+
+def _indices(alive: Tensor) -> list[Any]:
+    if alive.dim() == 1:
+        return alive.nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+    return [row.nonzero()[:, 0].tolist() for row in alive if bool(row.any())]
+
+
+def _text(dims: Any) -> Any:
+    return [_text(d) for d in dims] if isinstance(dims, (list, tuple)) else str(dims)
+
+
+def choice_of(groups: Groups, plan: Plan) -> Tensor:
+    """The boolean choice [groups] that a plan stands for.
+
+    Raises PlanError where the plan belongs to another graph, names what is not there, is out of range, keeps
+    nothing of an axis, or asks for half a group.
+    """
+    if plan.graph != groups.fingerprint():
+        raise PlanError(f"the plan belongs to graph {plan.graph}, this is {groups.fingerprint()} (another model, "
+                        "input or version); make a plan for this model.")
+    labels, keep = groups.labels, groups.everything()
+    for name, axes in plan.kept.items():
+        for axis, kept in axes.items():
+            if (name, axis) not in labels.axes:
+                raise PlanError(f"plan.kept[{name!r}][{axis}]: this graph has no such axis with channels.")
+            index = labels.axes[name, axis]
+            alive = _alive_of(name, axis, kept, index)
+            keep[index[~alive]] = False
+    if not bool(keep[0]):
+        raise PlanError("the plan removes channels that must stay (inputs, outputs or frozen ones); "
+                        "prunekern doctor lists them.")
+    _check_consistent(groups, plan, keep)
+    return keep
+
+
+def _alive_of(name: str, axis: int, kept: list[Any], index: Tensor) -> Tensor:
+    where = f"plan.kept[{name!r}][{axis}]"
+    if not kept:
+        raise PlanError(f"{where} keeps nothing; at least one channel must stay.")
+    alive = torch.zeros_like(index, dtype=torch.bool)
+    rows = kept if index.dim() == 2 else [kept]
+    table = alive if index.dim() == 2 else alive.unsqueeze(0)
+    if index.dim() == 2 and (len(rows) != len(index) or not all(isinstance(row, list) for row in rows)):
+        raise PlanError(f"{where} needs {len(index)} lists, one per group of the convolution.")
+    for row, indices in zip(table, rows, strict=True):
+        if not all(isinstance(i, int) and 0 <= i < len(row) for i in indices) or len(set(indices)) != len(indices):
+            raise PlanError(f"{where} must hold different indices from 0 to {len(row) - 1}.")
+        row[torch.tensor(indices, dtype=torch.long)] = True
+    return alive
+
+
+def _check_consistent(groups: Groups, plan: Plan, keep: Tensor) -> None:
+    labels = groups.labels
+    for (name, axis), index in labels.axes.items():
+        if name in labels.graph.constants:
+            continue
+        want = keep[index]
+        kept = plan.kept.get(name, {}).get(axis)
+        if kept is None and not bool(want.all()) or kept is not None and _indices(want) != sorted_rows(kept):
+            family = next((f.name for f in groups if any((m.name, m.axis) == (name, axis) for m in f.members)), "?")
+            raise PlanError(f"plan.kept[{name!r}][{axis}] does not agree with the rest of its family {family!r}: "
+                            "channels of one group leave together; edit all members, or use keep masks.")
+        if want.dim() == 1 and not bool(want.any()):
+            raise PlanError(f"{name!r} axis {axis} would keep no channel; at least one must stay.")
+    check_balance(labels, keep)
+
+
+def sorted_rows(kept: list[Any]) -> list[Any]:
+    return [sorted(row) for row in kept] if kept and isinstance(kept[0], list) else sorted(kept)
+
+
+def check_balance(labels: Labels, keep: Tensor) -> None:
+    """Raises PlanError where the rows of a grouped convolution would keep different numbers of channels."""
+    for table in labels.balanced:
+        counts = keep[table].sum(1)
+        if int(counts.min()) != int(counts.max()) or int(counts.min()) == 0:
+            raise PlanError(f"a grouped convolution needs as many channels in each group; the plan leaves "
+                            f"{counts.tolist()}.")
+
+
+def sliced_tensors(groups: Groups, keep: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state after slicing, by canonical name; tensors that stay whole are the given ones."""
+    labels = groups.labels
+    result = dict(tensors)
+    for name in {name for name, _ in labels.axes}:
+        if name in result:
+            result[name] = _sliced(labels, name, result[name], keep)
+    return result
+
+
+def _sliced(labels: Labels, name: str, tensor: Tensor, keep: Tensor) -> Tensor:
+    table = next((labels.axes[name, a] for a in range(tensor.dim()) if labels.axes.get((name, a), keep).dim() == 2), None)
+    if table is not None:
+        return _sliced_rows(labels, name, tensor, keep, table)
+    for axis in range(tensor.dim()):
+        index = labels.axes.get((name, axis))
+        if index is not None and not bool(keep[index].all()):
+            tensor = tensor.index_select(axis, keep[index].nonzero()[:, 0].to(tensor.device))
+    return tensor
+
+
+def _sliced_rows(labels: Labels, name: str, tensor: Tensor, keep: Tensor, table: Tensor) -> Tensor:
+    """A grouped weight: axis 0 in as many blocks as the table has rows, axis 1 sliced per block."""
+    alive0 = keep[labels.axes[name, 0]]
+    alive1 = keep[table]
+    blocks = []
+    for block, rows, columns in zip(tensor.chunk(len(table)), alive0.chunk(len(table)), alive1, strict=True):
+        if bool(rows.any()):
+            device = tensor.device
+            blocks.append(block[rows.nonzero()[:, 0].to(device)][:, columns.nonzero()[:, 0].to(device)])
+    return torch.cat(blocks)
+
+
+def slice_module(model: nn.Module, groups: Groups, keep: Tensor, registry: Registry) -> nn.Module:
+    """A deep copy of ``model`` with every parameter, buffer and size attribute cut down to the choice.
+
+    Device, dtype, ``requires_grad``, hooks and train/eval mode are those of the copy's originals. Its own
+    ``forward`` may still hold hard-coded sizes; the proof finds out.
+    """
+    try:
+        sliced = copy.deepcopy(model)
+    except Exception as error:
+        raise PlanError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the original "
+                        "is never modified; make it support copy.deepcopy (old-style weight norm does not: bake "
+                        "it with torch.nn.utils.remove_weight_norm first).") from error
+    graph = groups.graph
+    names: dict[str, list[str]] = {name: [name] for name in graph.tensors if name not in graph.constants}
+    for alias, name in graph.tied.items():
+        names[name].append(alias)
+    old = {name: graph.tensors[name] for name in names}
+    with torch.no_grad():
+        for name, tensor in sliced_tensors(groups, keep, {n: t.detach() for n, t in old.items()}).items():
+            if tensor.shape != old[name].shape:
+                _replace(sliced, names[name], tensor)
+    resize_modules(sliced, groups, keep, registry)
+    return sliced
+
+
+def _replace(module: nn.Module, names: list[str], tensor: Tensor) -> None:
+    """Put a smaller tensor under every name of the one it was cut from; the Parameter object stays the same."""
+    first: Any = None
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(path)
+        current = getattr(parent, leaf)
+        if isinstance(current, nn.Parameter):
+            if first is None:
+                current.data = tensor.clone()
+                current.grad = None
+            first = current
+        else:
+            first = tensor.clone() if first is None else first
+            parent._buffers[leaf] = first
+
+
+def resize_modules(module: nn.Module, groups: Groups, keep: Tensor, registry: Registry) -> None:
+    """Set ``out_channels``, ``num_features``, ... wherever a module's attribute was the old size."""
+    labels = groups.labels
+    graph = labels.graph
+    wanted: dict[tuple[str, str], Any] = {}
+    for node in graph.nodes:
+        rule = registry.find(node.target)
+        if rule is None or node.op != "call_function":
+            continue
+        before = rule.attributes(node, graph.shape)
+        after = rule.attributes(node, lambda n: predicted(labels, n, keep)) if before else {}
+        for attribute, value in before.items():
+            if after[attribute] != value:
+                for path in _modules_of(graph, node):
+                    target = module.get_submodule(path)
+                    if getattr(target, attribute, None) == value and wanted.get((path, attribute)) is None:
+                        wanted[path, attribute] = after[attribute]
+    for (path, attribute), value in wanted.items():
+        setattr(module.get_submodule(path), attribute, value)
+
+
+def _modules_of(graph: Graph, node: fx.Node) -> list[str]:
+    """The modules that own a call: the one whose forward made it, and those that hold its parameters."""
+    paths = [] if node.meta.get("nn_module_stack") is None else [owner(node)[0]]
+    for arg in node.all_input_nodes:
+        name = graph.fqn(arg)
+        if name is not None and name not in graph.constants:
+            aliases = [alias for alias, target in graph.tied.items() if target == name]
+            paths += [full.rpartition(".")[0] for full in [name, *aliases]]
+    return list(dict.fromkeys(paths))
+
+
+def predicted(labels: Labels, node: fx.Node, keep: Tensor, batch: int | None = None) -> Shape:
+    """The shape a node will have after slicing, at a batch size."""
+    return at(labels.dims(node, keep), labels.graph.batch if batch is None else batch)  # type: ignore[no-any-return]
