@@ -71,4 +71,4 @@ $(LINTERS): constraints.txt $(READY)
 clean:  ## remove what was built and cached, but not the data, reports or .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(READY)
 	rm -f prunekern/_C*.so prunekern/_C.reason
-	find prunekern tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
