@@ -136,3 +136,17 @@ def place(node: fx.Node) -> str:
     """How a message names a node: ``'layer1.0.conv1' (aten.conv2d, net.py:12)``."""
     path, line = owner(node)[0] or node.name, source(node)
     return f"{path!r} ({target_name(node)}{', ' + line if line else ''})"
+
+
+def mutates(target: Any) -> bool:
+    """Whether an operator writes to its first argument."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def pure(target: Any) -> Any:
+    """The form of an in-place operator that leaves its argument alone (itself where it already does)."""
+    if not mutates(target):
+        return target
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, target._overloadname, target) if packet is not None else target

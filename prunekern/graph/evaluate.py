@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from prunekern.core.graph import Graph
+from prunekern.core.graph import Graph, mutates, pure
 
 Before = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
 After = Callable[[fx.Node, Any], None]
@@ -54,17 +54,3 @@ def _call(node: fx.Node, env: dict[fx.Node, Any], before: Before | None, out_of_
         call_args = (call_args[0].clone(), *call_args[1:])   # nobody's tensors are written, not even inputs
         env[first] = call_args[0]
     return target(*call_args, **call_kwargs)
-
-
-def mutates(target: Any) -> bool:
-    """Whether an operator writes to its first argument."""
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def pure(target: Any) -> Any:
-    """The form of an in-place operator that leaves its argument alone (itself where it already does)."""
-    if not mutates(target):
-        return target
-    namespace, name = target._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    return getattr(packet, target._overloadname, target) if packet is not None else target
