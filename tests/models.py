@@ -1,6 +1,6 @@
 """Well-known architectures, written the way users write them, with seeded and non-trivial weights.
 
-`make("resnet50")` gives `(model.eval(), example_inputs)`. `ARCHITECTURES` holds the published parameter counts.
+`make("resnet50")` gives `(model.eval(), example_inputs)`; `ARCHITECTURES` holds published parameter counts.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _randomise_norm(module: Any) -> None:
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, *inputs: Tensor) -> None:
-    """Set batch-norm statistics from one forward of `inputs`, then jitter them (nothing without batch norm)."""
+    """Set batch-norm statistics from one forward of `inputs`, then jitter them; no batch norm, no effect."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return

@@ -191,6 +191,41 @@ class InplaceResidual(nn.Module):
         return self.head(x.mean(dim=(-2, -1)))
 
 
+@network("inplace_aliased", (3, 8, 8))
+class InplaceAliased(nn.Module):
+    """An in-place ReLU changes the value that the shortcut reads later, as many pre-activation nets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head, self.relu = nn.Conv2d(8, 4, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out = self.conv(self.relu(x))
+        out += x
+        return self.head(out)
+
+
+@network("inplace_view", (3, 8, 8))
+class InplaceView(nn.Module):
+    """Writes through slices: `x[:, :4] += ...` and a copy into part of a buffer made in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.lower = conv_bn_act(3, 8), nn.Conv2d(8, 4, 1)
+        self.mid, self.head = conv_bn_act(8, 6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x[:, :4] += self.lower(x)
+        x = self.mid(x)
+        out = torch.zeros_like(x)
+        out[:, 3:] = x[:, :3]
+        out[:, :3] = x[:, 3:]
+        return self.head(out)
+
+
 @network("preact_residual", (3, 8, 8))
 class PreActResidual(nn.Module):
     """Pre-activation ResNet: the raw stream meets batch norm in every block; a projection widens it."""
