@@ -150,43 +150,34 @@ def _sliced_rows(labels: Labels, name: str, tensor: Tensor, keep: Tensor, table:
 def slice_module(model: nn.Module, groups: Groups, keep: Tensor, registry: Registry) -> nn.Module:
     """A deep copy of ``model`` with every parameter, buffer and size attribute cut down to the choice.
 
-    Device, dtype, ``requires_grad``, hooks and train/eval mode are those of the copy's originals. Its own
-    ``forward`` may still hold hard-coded sizes; the proof finds out.
+    Device, dtype, ``requires_grad``, hooks and train/eval mode are those of the originals. Dense weights are
+    never copied: the cut ones take their place while copying. The module's own ``forward`` may still hold
+    hard-coded sizes; the proof finds out.
     """
+    graph = groups.graph
+    old = {name: t for name, t in graph.tensors.items() if name not in graph.constants}
+    with torch.no_grad():
+        new = sliced_tensors(groups, keep, {name: tensor.detach() for name, tensor in old.items()})
+        memo: dict[int, Any] = {id(old[name]): _like(old[name], tensor.clone())
+                                for name, tensor in new.items() if tensor.shape != old[name].shape}
     try:
-        sliced = copy.deepcopy(model)
+        sliced = copy.deepcopy(model, memo)
     except Exception as error:
         raise PlanError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the original "
                         "is never modified; make it support copy.deepcopy (old-style weight norm does not: bake "
                         "it with torch.nn.utils.remove_weight_norm first).") from error
-    graph = groups.graph
-    names: dict[str, list[str]] = {name: [name] for name in graph.tensors if name not in graph.constants}
-    for alias, name in graph.tied.items():
-        names[name].append(alias)
-    old = {name: graph.tensors[name] for name in names}
-    with torch.no_grad():
-        for name, tensor in sliced_tensors(groups, keep, {n: t.detach() for n, t in old.items()}).items():
-            if tensor.shape != old[name].shape:
-                _replace(sliced, names[name], tensor)
     resize_modules(sliced, groups, keep, registry)
     return sliced
 
 
-def _replace(module: nn.Module, names: list[str], tensor: Tensor) -> None:
-    """Put a smaller tensor under every name of the one it was cut from; the Parameter object stays the same."""
-    first: Any = None
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(path)
-        current = getattr(parent, leaf)
-        if isinstance(current, nn.Parameter):
-            if first is None:
-                current.data = tensor.clone()
-                current.grad = None
-            first = current
-        else:
-            first = tensor.clone() if first is None else first
-            parent._buffers[leaf] = first
+def _like(original: Tensor, data: Tensor) -> Tensor:
+    """A smaller parameter or buffer with the class, hooks and attributes of the one it replaces."""
+    if not isinstance(original, nn.Parameter):
+        return data
+    parameter = nn.Parameter(data, requires_grad=original.requires_grad)
+    parameter.__class__ = original.__class__
+    parameter.__dict__.update({k: v for k, v in original.__dict__.items() if k not in ("grad",)})
+    return parameter
 
 
 def resize_modules(module: nn.Module, groups: Groups, keep: Tensor, registry: Registry) -> None:
@@ -217,7 +208,7 @@ def _modules_of(graph: Graph, node: fx.Node) -> list[str]:
         name = graph.fqn(arg)
         if name is not None and name not in graph.constants:
             aliases = [alias for alias, target in graph.tied.items() if target == name]
-            paths += [full.rpartition(".")[0] for full in [name, *aliases]]
+            paths += [full.rpartition(".")[0] for full in (name, *aliases)]
     return list(dict.fromkeys(paths))
 
 

@@ -1,0 +1,274 @@
+"""Proof that a sliced network equals the original with the removed channels zeroed at their consumers' inputs.
+
+First on a randomised twin (real weights can make a proof vacuous: zero gammas hide scrambled inputs), where
+the proof must also have teeth; then on the real weights. fp64 throughout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from prunekern.core.graph import at, place
+from prunekern.core.labels import FIXED
+from prunekern.errors import PlanError, ProofError
+from prunekern.graph.evaluate import evaluate
+from prunekern.graph.groups import Groups
+from prunekern.graph.inputs import Call
+from prunekern.graph.labels import Labels
+from prunekern.prune.slice import sliced_tensors
+
+LIMIT = 1e-9          # fp64, relative to max|output|; real slips are of the order of 1
+TEETH = 1e-9          # a channel more or less must move the twin's output by at least this share
+FALLBACK_LIMIT = 1e-4  # where the forward itself insists on fp32
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was checked, and the numbers. Errors are max|difference| / max|masked original|.
+
+    twin_error, real_error: of the returned module. teeth: share of the kept groups of the sampled families
+    whose removal visibly changes the twin's output; blunt names families for which none does.
+    shapes: how many predicted shapes were compared with what ran.
+    """
+
+    form: str
+    twin_error: float
+    real_error: float
+    limit: float
+    teeth: float
+    blunt: tuple[str, ...]
+    shapes: int
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (f"proven in {self.dtype}: twin {self.twin_error:.1e}, real weights {self.real_error:.1e} "
+                f"(limit {self.limit:.0e}), {self.shapes} shapes as predicted, teeth {self.teeth:.0%}")
+
+
+def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: nn.Module | None,
+          seed: int = 0) -> tuple[nn.Module, Proof]:
+    """The user's class where it is proven equal to the masked original, else the rewritten graph module.
+
+    Raises ProofError where neither is; PlanError where a predicted shape does not come true.
+    """
+    dtype, limit = _dtype(groups)
+    call = _proof_call(groups, dtype, seed)
+    real = {n: _cast(t.detach(), dtype) for n, t in groups.graph.tensors.items()}
+    twin = randomised(groups, real, seed)
+    states = [(tensors, masked_outputs(groups.labels, keep, tensors, call)) for tensors in (twin, real)]
+    teeth, blunt = _teeth(groups, keep, twin, call)
+    shapes, graph_error = _check_shapes(groups, keep, graph_form, *states[0], call)
+    notes: list[str] = []
+    for form, module in (("class", class_form), ("graph", graph_form)):
+        if module is None:
+            continue
+        try:
+            errors = [graph_error] if form == "graph" else []
+            errors += [_module_error(groups, keep, module, *state, call) for state in states[len(errors):]]
+        except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on smaller tensors
+            notes.append(f"the {_FORMS[form]} cannot run: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
+            continue
+        if max(errors) <= limit:
+            return module, Proof(form, errors[0], errors[1], limit, teeth, blunt, shapes,
+                                 str(dtype).removeprefix("torch."), tuple(notes))
+        notes.append(f"the {_FORMS[form]} differs from the masked original by {max(errors):.1e} (limit {limit:.0e})")
+    raise ProofError("the sliced network is not equal to the masked original, so nothing is returned: "
+                     + "; ".join(notes) + ". Please report the model; ignore=[...] on the layers involved avoids it.")
+
+
+_FORMS = {"class": "user's own class", "graph": "rewritten graph module"}
+
+
+def masked_outputs(labels: Labels, keep: Tensor, tensors: Mapping[str, Tensor], call: Call) -> list[Any]:
+    """The original on the given state, removed channels zeroed at the inputs of what mixes them."""
+    with torch.no_grad():
+        return evaluate(labels.graph, tensors, call.args, call.kwargs, before=masking(labels, keep))
+
+
+def masking(labels: Labels, keep: Tensor) -> Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]:
+    """A hook for ``evaluate`` that multiplies consumers' inputs with what remains of them."""
+    masks = {node: {arg: labels.mask(arg, keep) for arg in args} for node, args in labels.masked.items()}
+
+    def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if node not in masks:
+            return values
+        new = list(values)
+        for position, arg in enumerate(node.args):
+            mask = masks[node].get(arg) if isinstance(arg, fx.Node) else None
+            if mask is not None:
+                new[position] = torch.where(mask.to(new[position].device), new[position], 0)
+        return tuple(new)
+    return before
+
+
+def randomised(groups: Groups, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A twin of the state: every parameter and every sliceable buffer drawn at random at a sane scale."""
+    generator = torch.Generator().manual_seed(seed)
+    sliceable = {name for name, _ in groups.labels.axes}
+    twin = {}
+    for name, tensor in tensors.items():
+        original = groups.graph.tensors[name]
+        if not tensor.is_floating_point() or not (isinstance(original, nn.Parameter) or name in sliceable):
+            twin[name] = tensor
+            continue
+        shape = tuple(tensor.shape)
+        if tensor.dim() >= 2:
+            fan_in = max(1, tensor.numel() // max(shape[0], 1))
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * (1.5 / fan_in) ** 0.5
+        else:                       # scales, variances, biases: positive is safe for each of them
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+        twin[name] = drawn.to(tensor.dtype).to(tensor.device)
+    return twin
+
+
+def _teeth(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], call: Call) -> tuple[float, tuple[str, ...]]:
+    """Which kept groups visibly matter: the gradient of the output with respect to a switch per group.
+
+    One backward pass stands for zeroing each group in turn, at first order.
+    """
+    labels = groups.labels
+    switch = keep.to(torch.float64).requires_grad_(True)
+
+    def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        new = list(values)
+        for position, arg in enumerate(node.args):
+            if isinstance(arg, fx.Node) and arg in labels.masked.get(node, ()):
+                for axis, index in labels.live.get(arg, ()):
+                    view = [-1 if a == axis else 1 for a in range(new[position].dim())]
+                    new[position] = new[position] * switch[index].view(view).to(new[position])
+        return tuple(new)
+    with torch.enable_grad():
+        outputs = evaluate(groups.graph, twin, call.args, call.kwargs, before=before, out_of_place=True)
+        total = torch.zeros((), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(1)
+        for out in outputs:
+            if isinstance(out, Tensor) and out.is_floating_point() and out.requires_grad:
+                weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+                total = total + (out.to(torch.float64) * weights).sum().cpu() / out.detach().abs().max().clamp(min=1e-30).cpu()
+        if not total.requires_grad:
+            return 1.0, ()
+        total.backward()  # type: ignore[no-untyped-call]
+    seen = (switch.grad.abs() > TEETH) & keep if switch.grad is not None else keep & False
+    kept = [family.groups[keep[family.groups]] for family in groups]
+    blunt = tuple(f.name for f, ids in zip(groups, kept, strict=True) if len(ids) and not bool(seen[ids].any()))
+    everything = torch.cat(kept) if kept else torch.tensor([], dtype=torch.long)
+    everything = everything[everything != FIXED]
+    return (float(seen[everything].double().mean()) if len(everything) else 1.0), blunt
+
+
+def _module_error(groups: Groups, keep: Tensor, module: nn.Module, tensors: Mapping[str, Tensor],
+                  reference: list[Any], call: Call) -> float:
+    with _lent(module, groups, sliced_tensors(groups, keep, tensors)), torch.no_grad():
+        outputs = pytree.tree_leaves(module(*_copied(call.args), **_copied(dict(call.kwargs))))
+    return difference(outputs, reference)
+
+
+def difference(outputs: list[Any], reference: list[Any]) -> float:
+    """Largest relative error over tensor outputs; infinite where shapes or non-tensors differ."""
+    if len(outputs) != len(reference):
+        return float("inf")
+    worst = 0.0
+    for out, ref in zip(outputs, reference, strict=True):
+        if not isinstance(ref, Tensor):
+            continue
+        if not isinstance(out, Tensor) or out.shape != ref.shape:
+            return float("inf")
+        if ref.numel():
+            scale = max(float(ref.abs().max()), 1e-30) if ref.is_floating_point() else 1.0
+            error = float((out.double() - ref.double()).abs().max()) / scale
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+@contextlib.contextmanager
+def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a module on other values (and another dtype) of its state, then give it its own back."""
+    slots = [(t, t.data) for t in [*module.parameters(), *module.buffers()]]
+    by_name = {**tensors, **{alias: tensors[name] for alias, name in groups.graph.tied.items() if name in tensors}}
+    try:
+        everything = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        for name, tensor in everything:
+            if name in by_name:
+                tensor.data = by_name[name].clone()
+            elif tensor.is_floating_point():
+                tensor.data = tensor.data.to(next(iter(tensors.values())).dtype)
+        yield
+    finally:
+        for tensor, data in slots:
+            tensor.data = data
+
+
+def _check_shapes(groups: Groups, keep: Tensor, module: fx.GraphModule, tensors: Mapping[str, Tensor],
+                  reference: list[Any], call: Call) -> tuple[int, float]:
+    """Run the rewritten graph node by node against every predicted shape; its output error comes for free.
+
+    A stale view can silently turn a batch of 2 into 1, so a forward that runs proves nothing by itself.
+    """
+    watch = _ShapeWatch(module, groups, keep)
+    leaves = _copied(tuple(pytree.tree_leaves((call.args, dict(call.kwargs)))))
+    with _lent(module, groups, sliced_tensors(groups, keep, tensors)), torch.no_grad():
+        outputs = watch.run(*leaves, enable_io_processing=False)
+    return watch.checked, difference(pytree.tree_leaves(outputs), reference)
+
+
+class _ShapeWatch(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, groups: Groups, keep: Tensor) -> None:
+        super().__init__(module)
+        self.labels, self.keep, self.checked = groups.labels, keep, 0
+        self.original = {node.name: node for node in groups.graph.nodes if node.op == "call_function"}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        node = self.original.get(n.name)
+        if isinstance(value, Tensor) and node is not None and self.labels.graph.is_tensor(node):
+            predicted = at(self.labels.dims(node, self.keep), self.labels.graph.batch)
+            if predicted != tuple(value.shape):
+                raise PlanError(f"{place(node)}: the plan predicts shape {predicted}, "
+                                f"the sliced network has {tuple(value.shape)}.")
+            self.checked += 1
+        return value
+
+
+def _proof_call(groups: Groups, dtype: torch.dtype, seed: int) -> Call:
+    """Inputs for the proof: floats drawn at random, all else as given; a batch of 2 where the batch is free."""
+    graph = groups.graph
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(dtype).to(tensor.device)
+    call = Call(graph.args, graph.kwargs)
+    return (call.resized(graph.batch) if graph.free_batch else call).map(draw)
+
+
+def _copied(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.clone(), value)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _dtype(groups: Groups) -> tuple[torch.dtype, float]:
+    """fp64, unless the forward itself casts to a narrower type: then that of the weights."""
+    for node in groups.graph.nodes:
+        if "to" in str(node.target).split(".") or "_to_copy" in str(node.target):
+            value = node.meta.get("val")
+            narrow = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            if narrow:
+                floats = [t.dtype for t in groups.graph.tensors.values() if t.is_floating_point()]
+                return (floats[0] if floats else torch.float32), FALLBACK_LIMIT
+    return torch.float64, LIMIT
+

@@ -1,0 +1,221 @@
+"""The sliced network as a graph module of our own: hard-coded sizes replaced by what survives.
+
+Unlike ``ExportedProgram.module()`` it trains (batch norm and dropout follow ``self.training``), takes any
+batch the original took, keeps parameter names, and keeps the torch.nn layers it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.nn import functional
+
+from prunekern.core.graph import Graph
+from prunekern.core.rule import Registry, argument
+from prunekern.graph.labels import Labels
+
+aten = torch.ops.aten
+
+
+class PrunedModule(fx.GraphModule):
+    """A network rebuilt from its trace, with the sizes that survived. Ordinary in every respect but its class:
+    the original's own methods, hooks and branches not taken on the example inputs are gone."""
+
+
+class FunctionalBatchNorm(nn.Module):
+    """``F.batch_norm`` as somebody's forward called it, following train() and eval()."""
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None,
+                var: Tensor | None) -> Tensor:
+        training = self.training or mean is None
+        return functional.batch_norm(x, mean, var, weight, bias, training, self.momentum, self.eps)
+
+
+class NewSizes:
+    """Shapes before and after slicing, for rules that rewrite their calls."""
+
+    def __init__(self, labels: Labels, keep: Tensor) -> None:
+        self.labels, self.keep = labels, keep
+
+    def old(self, node: fx.Node) -> Any:
+        return _known(self.labels.graph.dims[node.name])
+
+    def new(self, node: fx.Node) -> Any:
+        return _known(self.labels.dims(node, self.keep))
+
+    def alive(self, node: fx.Node, axis: int) -> Tensor:
+        return self.labels.alive(node, axis, self.keep)
+
+
+def _known(dims: Any) -> Any:
+    if isinstance(dims, list):
+        return [_known(item) for item in dims]
+    return tuple(None if dim.scale else dim.offset for dim in dims)
+
+
+def rewrite(labels: Labels, keep: Tensor, state: Mapping[str, Tensor], modules: nn.Module,
+            registry: Registry) -> PrunedModule:
+    """Build the module. state: sliced tensors by name (used as they are, not copied); modules: the sliced copy
+    of the user's module, whose torch.nn layers are used wherever a layer is one call of the graph."""
+    graph = labels.graph
+    root = nn.Module()
+    root.training = modules.training
+    leaves = _leaf_calls(graph, modules)
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    sizes = NewSizes(labels, keep)
+    users = _state_users(graph, leaves)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = graph.fqn(node)
+            if name is None:
+                env[node] = new.placeholder(node.name)
+                env[node].meta.update(node.meta)
+            elif node in users:
+                _attach(root, name, state[name], modules, name in graph.constants)
+                env[node] = new.get_attr(name)
+        elif node.op == "output":
+            new.output(fx.node.map_arg(node.args[0], env.__getitem__))
+        elif node.op == "get_attr":
+            setattr(root, str(node.target), getattr(graph.fx.owning_module, str(node.target)))
+            env[node] = new.get_attr(str(node.target))
+        elif "_assert" not in str(node.target):
+            env[node] = _emit(node, new, root, env, sizes, leaves, modules, registry)
+            env[node].name = node.name
+    _order_like(root, modules)
+    new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
+    module = PrunedModule(root, new, class_name="PrunedModule")
+    module.train(modules.training)
+    for path, child in modules.named_modules():      # every part keeps its own train/eval flag
+        if path and _has(module, path):
+            module.get_submodule(path).training = child.training
+    return module
+
+
+def _emit(node: fx.Node, new: fx.Graph, root: nn.Module, env: Mapping[fx.Node, fx.Node], sizes: NewSizes,
+          leaves: Mapping[fx.Node, str], modules: nn.Module, registry: Registry) -> fx.Node:
+    if node in leaves:
+        path = leaves[node]
+        _attach_module(root, path, modules.get_submodule(path), modules)
+        return new.call_module(path, (env[node.args[0]],))  # type: ignore[index]
+    following = _mode_follower(node)
+    if following is not None:
+        module, args = following
+        name = f"_{node.name}"
+        module.train(modules.training)
+        root.add_module(name, module)
+        return new.call_module(name, tuple(env[a] if isinstance(a, fx.Node) else a for a in args))
+    rule = registry.find(node.target)
+    call = rule.rewrite(node, sizes) if rule is not None else None
+    target, args, kwargs = call if call is not None else (node.target, node.args, dict(node.kwargs))
+    args, kwargs = fx.node.map_arg((tuple(args), kwargs), env.__getitem__)
+    return new.call_function(target, tuple(args), dict(kwargs))
+
+
+def _mode_follower(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
+    """A module that does what a call whose result depends on train/eval mode does in both modes."""
+    if node.target is aten.batch_norm.default:
+        return FunctionalBatchNorm(node.args[6], node.args[7]), tuple(node.args[:5])  # type: ignore[arg-type]
+    if node.target is aten.dropout.default:
+        return nn.Dropout(argument(node, 1, "p", 0.5)), (node.args[0],)
+    if node.target is aten.feature_dropout.default:
+        return nn.Dropout2d(argument(node, 1, "p", 0.5)), (node.args[0],)
+    return None
+
+
+def _leaf_calls(graph: Graph, modules: nn.Module) -> dict[fx.Node, str]:
+    """Calls that are the whole forward of one torch.nn layer -> the layer's path."""
+    by_call: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if node.op == "call_function" and stack:
+            by_call.setdefault(list(stack.values())[-1][0], []).append(node)
+    found = {}
+    for call, nodes in by_call.items():
+        path = call.partition("@")[0]
+        if len(nodes) == 1 and path and _has(modules, path) and _is_leaf(graph, nodes[0], modules.get_submodule(path)):
+            found[nodes[0]] = path
+    return found
+
+
+def _is_leaf(graph: Graph, node: fx.Node, module: nn.Module) -> bool:
+    if not type(module).__module__.startswith("torch.nn.modules.") or list(module.children()):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or not node.args:
+        return False           # hooks' own operators are in the graph already
+    own = {id(t) for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]}
+    inputs = [arg for arg in node.all_input_nodes if graph.fqn(arg) is None]
+    states = [arg for arg in node.all_input_nodes if graph.fqn(arg) is not None]
+    return inputs == [node.args[0]] and len(states) <= len(own) and not isinstance(
+        module, (nn.MultiheadAttention, nn.Flatten, nn.Unflatten, nn.RNNBase, nn.Embedding, nn.Bilinear))
+
+
+def _state_users(graph: Graph, leaves: Mapping[fx.Node, str]) -> set[fx.Node]:
+    """State placeholders that some call reads directly, not through a layer."""
+    return {arg for node in graph.nodes if node not in leaves for arg in node.all_input_nodes
+            if graph.fqn(arg) is not None}
+
+
+def _parent(root: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else []:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    return root
+
+
+def _attach(root: nn.Module, name: str, tensor: Tensor, modules: nn.Module, constant: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    parent = _parent(root, path)
+    if leaf in parent._parameters or leaf in parent._buffers:
+        return
+    original = None if constant else getattr(modules.get_submodule(path), leaf)
+    if isinstance(original, nn.Parameter):
+        parent.register_parameter(leaf, original)
+    else:
+        persistent = not constant and leaf not in modules.get_submodule(path)._non_persistent_buffers_set
+        parent.register_buffer(leaf, tensor if original is None else original, persistent=persistent)
+
+
+def _attach_module(root: nn.Module, path: str, module: nn.Module, modules: nn.Module) -> None:
+    head, _, leaf = path.rpartition(".")
+    parent = _parent(root, head)
+    existing = parent._modules.get(leaf)
+    if existing is not module:
+        if existing is not None:      # a container made for a parameter read directly: the layer holds it too
+            del parent._modules[leaf]
+        parent.add_module(leaf, module)
+
+
+def _order_like(root: nn.Module, modules: nn.Module) -> None:
+    """Submodules in the order of the original, so that state dicts and printouts list them alike."""
+    for name, child in list(root._modules.items()):
+        if child is not None and not isinstance(child, fx.GraphModule) and _has(modules, name):
+            original = modules._modules[name]
+            if original is not child and original is not None:
+                _order_like(child, original)
+    order = {name: i for i, name in enumerate(modules._modules)}
+    for name in sorted(root._modules, key=lambda n: order.get(n, len(order))):
+        root._modules[name] = root._modules.pop(name)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for part in path.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            return False
+        module = child
+    return True
+
+
+def _input_names(graph: Graph) -> list[str]:
+    positional = [f"input_{i}" if len(graph.args) > 1 else "input" for i in range(len(graph.args))]
+    return [*positional, *graph.kwargs]
