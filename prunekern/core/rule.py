@@ -16,7 +16,7 @@ from prunekern.core.graph import Shape, ShapeOf
 from prunekern.core.labels import Tape
 
 if TYPE_CHECKING:
-    from prunekern.core.program import Builder
+    from prunekern.core.builder import Builder
 
 Rewritten = tuple[Any, tuple[Any, ...], dict[str, Any]]     # operator, positional and keyword arguments
 
