@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prunekern.report import units
@@ -12,7 +12,7 @@ from prunekern.report.pareto import on_front, pareto_front
 from prunekern.report.scales import Scale, tick_labels
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "down")
-LOG_FROM = 10.0
+LOG_FROM = 4.0
 """The ratio of largest to smallest MACs from which the Pareto plot opens with a logarithmic axis."""
 
 
@@ -58,12 +58,13 @@ class Band:
 
 @dataclass(frozen=True)
 class Label:
-    """Text next to a point, on the side where there is room."""
+    """Text next to a point: it starts or ends there ("start", "end"), above the point or below."""
 
     x: float
     y: float
     text: str
     side: str
+    below: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def tones(names: Sequence[str]) -> dict[str, int]:
 def macs_ticks(scale: Scale) -> tuple[tuple[float, ...], tuple[str, ...]]:
     """Tick positions and labels of a MACs axis."""
     ticks = tuple(tick for tick in scale.ticks(6) if tick >= 0)
-    return ticks, tuple(units.count(tick).replace(".00", "") for tick in ticks)
+    return ticks, tuple(units.short(units.count(tick)) for tick in ticks)
 
 
 def _pareto_tip(point: ParetoPoint, report: Report, front: bool) -> str:
@@ -164,11 +165,27 @@ def pareto_scales(report: Report, log: bool) -> tuple[Scale, Scale]:
     )
 
 
+def roomiest(x: float, y: float, text: str, marks: Sequence[Mark]) -> Label:
+    """The label on that side of its point where it covers the fewest marks (sizes as at common widths)."""
+    length = 1.1 * len(text)
+
+    def covered(label: Label) -> float:
+        left = label.x - length - 1 if label.side == "end" else label.x + 1
+        top = label.y + 1 if label.below else label.y - 6
+        if left < 0 or left + length > 100 or top + 5 > 100:
+            return math.inf
+        return sum(left <= mark.x <= left + length and top <= mark.y <= top + 5 for mark in marks)
+
+    sides = (Label(x, y, text, side, below) for below in (False, True) for side in ("start", "end"))
+    return min(sides, key=covered)
+
+
 def pareto_chart(report: Report, *, log: bool) -> Chart:
     """MACs against accuracy, every network a marker, the front a stepped line."""
     x, y = pareto_scales(report, log)
     stage_tones = tones([p.stage for p in report.pareto if p.stage != DENSE])
-    marks, labels = [], []
+    marks: list[Mark] = []
+    labelled: list[tuple[float, float, str]] = []
     flags = on_front(report.pareto)
     # Plain points first, so that the front, the dense and the chosen network are drawn on top of them.
     pairs = list(zip(report.pareto, flags, strict=True))
@@ -185,7 +202,7 @@ def pareto_chart(report: Report, *, log: bool) -> Chart:
         marks.append(Mark(*at, shape, tone, style, _pareto_tip(point, report, front)))
         if point.chosen or point.stage == DENSE:
             text = f"{'chosen' if point.chosen else 'dense'}: {units.percent(point.accuracy)}"
-            labels.append(Label(*at, text, "end" if at[0] > 70 else "start"))
+            labelled.append((*at, text))
     lines = [Line(_front_path(report, x, y), 0, "frontline")]
     legend = [Key("Pareto front", 0, style="frontline")]
     if report.accuracy_floor is not None:
@@ -205,7 +222,7 @@ def pareto_chart(report: Report, *, log: bool) -> Chart:
         y_ticks=y_axis(y, percent=True),
         lines=tuple(lines),
         marks=tuple(marks),
-        labels=tuple(labels),
+        labels=tuple(roomiest(left, top, text, marks) for left, top, text in labelled),
         legend=tuple(legend),
     )
 
@@ -284,11 +301,15 @@ def _dash(tone: int) -> str:
     return "dashed" if tone % 2 == 0 else ""
 
 
+def curve_scales(curve: Curve) -> tuple[Scale, Scale]:
+    """Axes that hold every point of every series."""
+    points = [point for series in curve.series.values() for point in series]
+    return Scale.around([a for a, _ in points], pad=0.02), Scale.around([b for _, b in points], pad=0.07)
+
+
 def curve_chart(curve: Curve) -> Chart:
     """Lines over a common x axis, one per series."""
-    points = [point for series in curve.series.values() for point in series]
-    x = Scale.around([a for a, _ in points], pad=0.02)
-    y = Scale.around([b for _, b in points], pad=0.07)
+    x, y = curve_scales(curve)
     colours = tones(list(curve.series))
     lines: list[Line] = []
     marks: list[Mark] = []
@@ -312,6 +333,11 @@ def curve_chart(curve: Curve) -> Chart:
         marks=tuple(marks),
         legend=tuple(Key(name, tone, style=_dash(tone)) for name, tone in colours.items()),
     )
+
+
+def longest(values: Iterable[float]) -> float:
+    """The largest finite value, or 1 where there is nothing to draw."""
+    return max((value for value in values if math.isfinite(value)), default=0.0) or 1.0
 
 
 def bar(value: float, largest: float) -> float:

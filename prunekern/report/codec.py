@@ -105,20 +105,14 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[An
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    # int before float before str, so that 3 stays an int, and the text "nan" is a number only without `str`.
-    choices = [kind for kind in (int, float, str) if kind in kinds]
-    choices += [kind for kind in kinds if kind not in (int, float, str, type(None))]
-    if str in kinds and isinstance(value, str) and value not in _NON_FINITE:
+    if float in kinds and isinstance(value, str) and value in _NON_FINITE:
+        return _NON_FINITE[value]
+    if type(value) in kinds or (isinstance(value, bool) and int in kinds):
         return value
-    for kind in choices:
-        try:
-            return _decode(kind, value, path)
-        except ArtefactError:
-            if kind is choices[-1]:
-                raise
-    _wrong(path, "nothing", value)
+    rest = [kind for kind in kinds if kind is not type(None)]
+    if len(rest) == 1:
+        return _decode(rest[0], value, path)
+    _wrong(path, " or ".join(kind.__name__ for kind in rest), value)
 
 
 def _decode_scalar(kind: Any, value: Any, path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 from prunekern.report import charts, units
@@ -73,7 +74,7 @@ def _latency(rows: tuple[LatencyRow, ...]) -> list[dict[str, Any]]:
     batches = []
     for batch, group in groupby(sorted(rows, key=lambda row: row.batch), key=lambda row: row.batch):
         members = list(group)
-        longest = max(row.p80 for row in members)
+        longest = charts.longest(row.p80 for row in members)
         lines = [
             {
                 "row": row,
@@ -100,7 +101,7 @@ def check_number(value: float | int, unit: str) -> str:
     """A verification figure: exact counts, short floats, a unit where there is one."""
     if unit == "fraction":
         return units.percent(value)
-    text = units.exact(value) if isinstance(value, int) else units.significant(value)
+    text = units.exact(value) if isinstance(value, Integral) else units.compact(value)
     return f"{text}{units.NBSP}{unit}" if unit else text
 
 

@@ -126,7 +126,7 @@ def _pareto(report: Report) -> Figure:
             macs = [p.macs for p, flag in group if flag is optimal]
             accuracies = [p.accuracy for p, flag in group if flag is optimal]
             axes.scatter(macs, accuracies, s=34, alpha=alpha, label=label or None, **look)
-    _special_points(axes, report, x)
+    _special_points(axes, report, x.log)
     ticks, labels = charts.macs_ticks(x)
     _axis(axes.xaxis, x, labels, ticks)
     _percent_axis(axes, y)
@@ -137,7 +137,9 @@ def _pareto(report: Report) -> Figure:
     return figure
 
 
-def _special_points(axes: Axes, report: Report, x: Scale) -> None:
+def _special_points(axes: Axes, report: Report, log: bool) -> None:
+    from matplotlib.patheffects import withStroke
+
     ink: dict[str, Any] = {"edgecolors": COLOURS[0], "zorder": 4}
     for point in report.pareto:
         at = (point.macs, point.accuracy)
@@ -145,17 +147,16 @@ def _special_points(axes: Axes, report: Report, x: Scale) -> None:
             axes.scatter(*at, marker="*", s=150, facecolors=COLOURS[0], label="dense original", **ink)
         if point.chosen:
             axes.scatter(*at, s=190, facecolors="none", lw=1.8, **ink)
-        if not (point.chosen or point.stage == DENSE) or not math.isfinite(point.accuracy):
-            continue
-        right = x.holds(point.macs) and x.at(point.macs) > 70
+    for label in charts.pareto_chart(report, log=log).labels:
         axes.annotate(
-            f"{'chosen' if point.chosen else 'dense'}: {units.percent(point.accuracy)}",
-            at,
-            xytext=(-12 if right else 12, 10),
+            label.text,
+            (label.x / 100, 1 - label.y / 100),
+            xycoords="axes fraction",
+            xytext=(-10 if label.side == "end" else 10, -18 if label.below else 9),
             textcoords="offset points",
-            ha="right" if right else "left",
+            ha="right" if label.side == "end" else "left",
             weight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
 
 
@@ -174,8 +175,8 @@ def _layers(rows: tuple[LayerRow, ...]) -> Figure:
             text = f"{units.count(old)} → {units.count(new)}"
             axes.text(max(old, new) + 0.02 * largest, position, text, va="center", fontsize=8)
         scale = Scale(0.0, 1.42 * largest)
-        ticks = tuple(tick for tick in scale.ticks(3) if tick <= 1.05 * largest)
-        _axis(axes.xaxis, scale, tuple(units.count(tick).replace(".00", "") for tick in ticks), ticks)
+        ticks = tuple(tick for tick in scale.ticks(4) if tick <= 1.05 * largest)
+        _axis(axes.xaxis, scale, tuple(units.short(units.count(tick)) for tick in ticks), ticks)
         axes.set_title(title)
         axes.grid(visible=False, axis="y")
     panels[0].set_yticks(positions, labels=[_text(row.name, 30) for row in rows])
@@ -227,14 +228,14 @@ def _latency(rows: tuple[LatencyRow, ...]) -> Figure:
         positions = range(len(group))
         axes.barh(positions, medians, height=0.62, color=colours)
         axes.errorbar(medians, positions, xerr=spread, fmt="none", ecolor=COLOURS[0], capsize=2.5, lw=1.1)
-        longest = max(row.p80 for row in group)
+        longest = charts.longest(row.p80 for row in group)
         for position, row in enumerate(group):
             text = units.duration(row.p50)
             text += "" if row.speedup is None else f"   {units.times(row.speedup)}"
             axes.text(row.p80 + 0.015 * longest, position, text, va="center", fontsize=8.5)
         scale = Scale(0.0, 1.3 * longest)
         ticks = tuple(tick for tick in scale.ticks(5) if tick <= 1.05 * longest)
-        _axis(axes.xaxis, scale, tuple(units.duration(tick) if tick else "0" for tick in ticks), ticks)
+        _axis(axes.xaxis, scale, tuple(units.short(units.duration(tick)) for tick in ticks), ticks)
         axes.set_yticks(range(len(group)), labels=[_text(row.contender, 34) for row in group])
         axes.set_ylim(len(group) - 0.4, -0.6)
         axes.set_title(f"Batch {batch}")
@@ -255,8 +256,11 @@ def _curves(report: Report) -> Figure:
             if len(points) <= 40:
                 look |= {"marker": MARKERS[charts.SHAPES[tone - 1]], "ms": 4}
             axes.plot([a for a, _ in points], [b for _, b in points], label=_text(name), **look)
-        if curve.percent:
-            _percent_axis(axes, Scale.around([b for s in curve.series.values() for _, b in s], pad=0.07))
+        x, y = charts.curve_scales(curve)
+        ticks = x.ticks(6)
+        _axis(axes.xaxis, x, tick_labels(ticks, units.fixed), ticks)
+        ticks = y.ticks(6)
+        _axis(axes.yaxis, y, tick_labels(ticks, units.percent if curve.percent else units.fixed), ticks)
         axes.set_title(_text(curve.name))
         axes.set_xlabel(_text(curve.x_label))
         axes.set_ylabel(_text(curve.y_label))

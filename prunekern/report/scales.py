@@ -57,14 +57,14 @@ def _linear_ticks(low: float, high: float, wanted: int) -> tuple[float, ...]:
 
 def _log_ticks(scale: Scale, wanted: int) -> tuple[float, ...]:
     first, last = math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high))
-    for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+    for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
         ticks = tuple(
             factor * 10.0**power
             for power in range(first, last + 1)
             for factor in factors
             if scale.low <= factor * 10.0**power <= scale.high
         )
-        if len(ticks) >= min(4, wanted):
+        if len(ticks) >= min(5, wanted):
             return ticks[:: math.ceil(len(ticks) / (2 * wanted))]
     return _linear_ticks(scale.low, scale.high, wanted)
 

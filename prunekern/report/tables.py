@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prunekern.report import units
 from prunekern.report.charts import layer_runs
 from prunekern.report.html import check_number, limit_text, numeric
-from prunekern.report.model import Report, Triplet
+from prunekern.report.model import DENSE, Report, Triplet
 from prunekern.report.pareto import pareto_front
 
 SHORT = 12
@@ -87,10 +87,14 @@ def _layers(report: Report) -> Grid:
 
 
 def _front(report: Report, full: bool) -> Grid:
+    front = pareto_front(report.pareto)
+    special = [p for p in report.pareto if (p.chosen or p.stage == DENSE) and p not in front]
     rows: Rows = []
-    for point in pareto_front(report.pareto):
+    for point in sorted([*front, *special], key=lambda point: point.macs):
+        remarks = ["chosen"] if point.chosen else []
+        remarks += ["off the front"] if point in special else []
         cells = (point.name, point.stage, units.count(point.macs), units.percent(point.accuracy))
-        rows.append(("strong" if point.chosen else "", (*cells, "chosen" if point.chosen else "")))
+        rows.append(("strong" if point.chosen else "", (*cells, ", ".join(remarks))))
     rows, caption = _cut_around_chosen(rows, full)
     names = ("Network", "Stage", "MACs", report.accuracy_label, "")
     return _grid(f"Pareto front ({len(report.pareto)} networks measured)", names, (2, 3), rows, caption)
@@ -116,6 +120,11 @@ def _telling(triplets: Sequence[Triplet]) -> list[Triplet]:
     return [triplets[index] for index in sorted(keep)]
 
 
+def _percent(fraction: float | None) -> str:
+    """The number alone: eleven columns have to fit into a terminal."""
+    return units.percent(fraction).removesuffix(f"{units.NBSP}%")
+
+
 def _triplets(report: Report, full: bool) -> Grid:
     steps = list(report.triplets) if full or len(report.triplets) <= SHORT else _telling(report.triplets)
     rows: Rows = [
@@ -125,13 +134,13 @@ def _triplets(report: Report, full: bool) -> Grid:
                 str(step.step),
                 step.layer,
                 str(step.channels_left),
-                units.percent(step.before),
-                units.percent(step.after_pruning),
-                units.percent(step.after_retraining),
+                _percent(step.before),
+                _percent(step.after_pruning),
+                _percent(step.after_retraining),
                 units.points(step.drop),
                 units.points(step.incremental_drop),
                 units.count(step.macs),
-                units.percent(step.test_accuracy),
+                _percent(step.test_accuracy),
                 "kept" if step.accepted else "undone",
             ),
         )
@@ -140,7 +149,7 @@ def _triplets(report: Report, full: bool) -> Grid:
     accuracies = ("Before", "Pruned", "Retrained")
     names = ("Step", "Layer", "Left", *accuracies, "Drop", "This step", "MACs", "Test", "")
     hidden = len(report.triplets) - len(steps)
-    caption = "drops in points"
+    caption = "accuracies in %, drops in points"
     caption += f"; {hidden} more steps with full=True or in triplets.csv" if hidden else ""
     return _grid(f"Pruning steps ({len(report.triplets)})", names, (0, *range(2, 10)), rows, caption)
 

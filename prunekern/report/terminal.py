@@ -13,6 +13,8 @@ from prunekern.report.tables import Grid, grids
 if TYPE_CHECKING:
     from rich.table import Table
 
+_ASCII = {"→": "->", "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "≤": "<=", "≥": ">=", "×": "x", "µ": "u"}
+_ASCII |= {units.NBSP: " ", "\N{RIGHT SINGLE QUOTATION MARK}": "'"}
 _STYLES = {"": "", "good": "green", "bad": "bold red", "strong": "bold", "dim": "dim"}
 
 
@@ -21,12 +23,16 @@ def show(report: Report, *, full: bool = False, file: TextIO | None = None) -> N
 
     Long sections are cut to their telling rows, and say so; `full=True` prints all, with the environment.
     """
+    stream = file or sys.stdout
+    unicode = (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
     try:
         import rich  # noqa: F401
     except ImportError:
-        _show_plain(report, full, file or sys.stdout)
+        unicode = False
+    if unicode:
+        _show_rich(report, full, stream)
     else:
-        _show_rich(report, full, file or sys.stdout)
+        _show_plain(report, full, stream)
 
 
 def _headline(report: Report) -> list[tuple[str, str, str]]:
@@ -52,12 +58,12 @@ def _rich_table(grid: Grid) -> Table:
     from rich.text import Text
 
     title = Text(grid.title, style="bold")
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, padding=0)
     table.caption = Text(grid.caption) if grid.caption else None
     table.caption_justify = "left"
     for index, column in enumerate(grid.columns):
         number = index in grid.numbers
-        table.add_column(Text(column), justify="right" if number else "left", no_wrap=number)
+        table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
     for cells, style in zip(grid.rows, grid.styles, strict=True):
         table.add_row(*(Text(cell) for cell in cells), style=_STYLES[style])
     return table
@@ -81,12 +87,12 @@ def _show_rich(report: Report, full: bool, file: TextIO) -> None:
             cards.add_row(Text(label), number, Text(detail, style="dim"))
         console.print()
         console.print(cards)
-    for grid in grids(report, full=full):
-        console.print()
-        console.print(_rich_table(grid))
     if report.proof:
         good, text = _verdict(report)
         console.print(Text(text, style="bold green" if good else "bold red"))
+    for grid in grids(report, full=full):
+        console.print()
+        console.print(_rich_table(grid))
     for line in _closing(report, full):
         console.print(Text(line))
 
@@ -99,11 +105,22 @@ def _show_plain(report: Report, full: bool, file: TextIO) -> None:
     if headline:
         width = max(len(label) for label, _, _ in headline)
         lines += ["", *(f"{label:<{width}}  {value}  {detail}".rstrip() for label, value, detail in headline)]
+    if report.proof:
+        lines.append(_verdict(report)[1])
     for grid in grids(report, full=full):
         lines += ["", *_plain_table(grid)]
-    if report.proof:
-        lines += ["", _verdict(report)[1]]
-    print("\n".join(lines + _closing(report, full)), file=file)
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    text = "\n".join(lines + _closing(report, full))
+    print("".join(_encodable(character, encoding) for character in text), file=file)
+
+
+def _encodable(character: str, encoding: str) -> str:
+    """The character, or what stands for it where the stream cannot show it; a minus must not become a "?"."""
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return _ASCII.get(character, "?")
+    return character
 
 
 def _plain_table(grid: Grid) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 NBSP = "\N{NO-BREAK SPACE}"
 NONE = "\N{EN DASH}"
@@ -38,6 +39,20 @@ def count(value: float | None) -> str:
     rounded = float(f"{value:.2e}")  # before the prefix is picked: 999950 is 1.00 M, not 1000 k
     scale, prefix = next(item for item in _SI if abs(rounded) >= item[0])
     return significant(rounded / scale) + NBSP + prefix
+
+
+def short(text: str) -> str:
+    """A formatted number without trailing zeros, for axis labels: 1.50 M -> 1.5 M, 10.0 ms -> 10 ms."""
+    number, space, unit = text.partition(NBSP)
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return number + space + unit
+
+
+def compact(value: float) -> str:
+    """Three significant digits, as short as they go: 1e-10, 0.0001, 3.1e-15."""
+    text = f"{value:.3g}"
+    mantissa, mark, exponent = text.partition("e")
+    return _minus(mantissa + (f"e{int(exponent)}" if mark else ""))
 
 
 def exact(value: float) -> str:
@@ -97,7 +112,7 @@ def plain(value: float | int | str | None) -> str:
         return NONE
     if isinstance(value, str | bool):
         return str(value)
-    return exact(value) if isinstance(value, int) else significant(value, 4)
+    return exact(value) if isinstance(value, Integral) else significant(value, 4)
 
 
 def quantity(value: float | int | str, unit: str) -> tuple[str, str]:
@@ -115,7 +130,7 @@ def quantity(value: float | int | str, unit: str) -> tuple[str, str]:
     elif unit == "points":
         return points(value), unit
     else:
-        return count(value) if isinstance(value, int) else significant(value), unit
+        return count(value) if isinstance(value, Integral) else significant(value), unit
     number, _, rest = text.partition(NBSP)
     return number, rest
 
