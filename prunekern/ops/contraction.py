@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from prunekern.core.graph import ShapeOf
+from prunekern.core.graph import Shape, ShapeOf
 from prunekern.core.labels import Planes, Tape, spread
 from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
+from prunekern.ops.elementwise import Pair
 
 
 def channel_axis(node: fx.Node, tape_shape: ShapeOf) -> int:
@@ -91,10 +92,23 @@ class Convolution(OpRule):
         return rows if self._in_axis == 1 else far
 
     def macs(self, node: fx.Node, shape: ShapeOf) -> int:
+        """N * prod(out) * O * I/g * prod(k): every output position meets each kernel once.
+
+        Padded zeros count like any other input. Source: Sze, Chen, Yang, Emer, "Efficient Processing of Deep
+        Neural Networks" (2017), equation 1; Molchanov et al., "Pruning CNNs" (2017), appendix A.1.
+        """
         out, weight = shape(node), shape(node.args[1])  # type: ignore[arg-type]
         spatial = len(weight) - 2
         batch = out[0] if len(out) == spatial + 2 else 1
         return batch * numel(out[-spatial:]) * numel(weight)
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        """One addition per output where there is a bias."""
+        return numel(shape(node)) if argument(node, 2, "bias") is not None else 0
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """The MACs; none where padding is a string, as fvcore does not know ``aten::_convolution_mode``."""
+        return 0 if str(node.target).endswith(".padding") else self.macs(node, shape)
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         axis = channel_axis(node, shape)
@@ -129,6 +143,11 @@ class TransposedConvolution(Convolution):
     )
 
     def macs(self, node: fx.Node, shape: ShapeOf) -> int:
+        """N * prod(in) * I * O/g * prod(k): the transpose of a convolution from the output to the input.
+
+        Products that padding cuts off are counted, as both fvcore and FlopCounterMode do. Source: Dumoulin,
+        Visin, "A guide to convolution arithmetic for deep learning" (2016), section 4.
+        """
         x, weight = shape(node.args[0]), shape(node.args[1])  # type: ignore[arg-type]
         spatial = len(weight) - 2
         batch = x[0] if len(x) == spatial + 2 else 1
@@ -160,7 +179,12 @@ class Linear(OpRule):
         tape.give(node, planes)
 
     def macs(self, node: fx.Node, shape: ShapeOf) -> int:
+        """rows * I * O: a matrix product [rows, I] x [I, O] (Golub, Van Loan, "Matrix Computations", 1.1)."""
         return numel(shape(node)) * shape(node.args[1])[1]  # type: ignore[arg-type]
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        """One addition per output where there is a bias."""
+        return numel(shape(node)) if argument(node, 2, "bias") is not None else 0
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         out, inputs = shape(node.args[1])  # type: ignore[arg-type]
@@ -194,6 +218,12 @@ class MatMul(OpRule):
     """matmul/bmm/mm/addmm of two activations: counted exactly; the channels that meet in it stay."""
 
     matches = aten("matmul", "bmm", "mm", "addmm", "baddbmm")
+    samples = (
+        Sample(lambda: Pair(torch.matmul, "matmul"), ((2, 6, 5), (2, 5, 7)), prunable=False),
+        Sample(lambda: Pair(torch.matmul, "matmul of heads"), ((2, 3, 6, 5), (2, 3, 5, 1)), prunable=False),
+        Sample(lambda: Pair(torch.bmm, "bmm"), ((2, 6, 13), (2, 13, 37)), prunable=False),
+        Sample(lambda: Pair(torch.baddbmm, "baddbmm"), ((2, 6, 7), (2, 6, 5), (2, 5, 7)), prunable=False),
+    )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         for arg in node.all_input_nodes:
@@ -201,9 +231,32 @@ class MatMul(OpRule):
         planes: Planes = ()
         tape.give(node, planes)
 
+    def _operands(self, node: fx.Node, shape: ShapeOf) -> tuple[Shape, Shape]:
+        left, right = node.args[1:3] if "add" in str(node.target) else node.args[:2]
+        return shape(left), shape(right)  # type: ignore[arg-type]
+
     def macs(self, node: fx.Node, shape: ShapeOf) -> int:
-        left = node.args[1] if "add" in str(node.target) else node.args[0]
-        return numel(shape(node)) * shape(left)[-1]  # type: ignore[arg-type]
+        """batch * M * N * K for [batch, M, K] x [batch, K, N], batches broadcast; a vector is one row or column.
+
+        Source: Golub, Van Loan, "Matrix Computations", section 1.1.
+        """
+        left, _ = self._operands(node, shape)
+        return numel(shape(node)) * left[-1]
+
+    def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        """One addition per output where something is added."""
+        return numel(shape(node)) if "add" in str(node.target) else 0
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """Elements on the left times columns on the right: too few where the left is broadcast over a batch.
+
+        Nothing for ``baddbmm``, which fvcore does not know; it fails on a vector on the right, which counts
+        as usual here. Source: fvcore 0.1.5, jit_handles.
+        """
+        if "baddbmm" in str(node.target):
+            return 0
+        left, right = self._operands(node, shape)
+        return numel(left) * right[-1] if len(right) > 1 else self.macs(node, shape)
 
 
 RULES: tuple[OpRule, ...] = (Convolution(), TransposedConvolution(), Linear(), Embedding(), MatMul())

@@ -38,9 +38,11 @@ class BatchNorm(OpRule):
         tape.give(node, tape.planes(x))
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        """One scale and one shift per element, the statistics being known."""
         return 2 * numel(shape(node))
 
     def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """Source: fvcore 0.1.5, jit_handles.batchnorm_flop_jit."""
         return numel(shape(node)) * (2 if node.args[1] is not None else 1)
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
@@ -65,9 +67,11 @@ class InstanceNorm(BatchNorm):
         super().label(node, tape)
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        """Two for the statistics, three to apply them."""
         return 5 * numel(shape(node))
 
     def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """Source: fvcore 0.1.5, jit_handles.norm_flop_counter."""
         return numel(shape(node)) * (5 if node.args[1] is not None else 4)
 
 
@@ -94,9 +98,11 @@ class GroupNorm(OpRule):
         tape.give(node, tape.planes(x))
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        """Two for the statistics, three to apply them."""
         return 5 * numel(shape(node))
 
     def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """Source: fvcore 0.1.5, jit_handles.norm_flop_counter."""
         return numel(shape(node)) * (5 if argument(node, 2, "weight") is not None else 4)
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
@@ -132,9 +138,11 @@ class LayerNorm(OpRule):
         tape.give(node, passing)
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
+        """Two for the statistics, three to apply them."""
         return 5 * numel(shape(node))
 
     def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """fvcore does not know RMS norm. Source: fvcore 0.1.5, jit_handles.norm_flop_counter."""
         if "rms" in str(node.target):
             return 0
         return numel(shape(node)) * (5 if argument(node, 2, "weight") is not None else 4)
