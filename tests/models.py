@@ -399,7 +399,7 @@ WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights"
 """Trained weights, kept beside the checkout where there are any."""
 
 
-def trained_resnet56(path: Path = WEIGHTS / "resnet56-cifar10.pt") -> nn.Module:
+def trained_resnet56(path: Path = WEIGHTS / "resnet56-cifar10.pt") -> CifarResNet:
     """ResNet-56 with its trained CIFAR-10 weights (93.39 % top-1), in eval mode.
 
     Inputs are images in 0..1 normalised by mean .485/.456/.406 and deviation .229/.224/.225.
@@ -415,7 +415,7 @@ def trained_resnet56(path: Path = WEIGHTS / "resnet56-cifar10.pt") -> nn.Module:
     return model.eval()
 
 
-def trained_resnet56_or_skip() -> nn.Module:
+def trained_resnet56_or_skip() -> CifarResNet:
     """`trained_resnet56()`, or a pytest skip that says which file is missing."""
     import pytest
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.models import CifarResNet
+from tests.models import OptionABlock
 from tests.zoo.registry import conv_bn_act, network
 
 
@@ -249,8 +249,11 @@ class PreActResidual(nn.Module):
 
 @network("option_a", (3, 8, 8))
 def option_a() -> nn.Module:
-    """ResNet-8 for CIFAR: shortcuts by stride-2 slice and zero-padded channels."""
-    return CifarResNet(1, num_classes=5)
+    """CIFAR ResNet blocks: shortcuts by stride-2 slice and (unevenly) zero-padded channels."""
+    return nn.Sequential(
+        conv_bn_act(3, 6), OptionABlock(6, 6), OptionABlock(6, 11, 2), OptionABlock(11, 16, 2), OptionABlock(16, 16),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
 
 
 @network("mobilenet_v3", (3, 8, 8))

@@ -207,6 +207,18 @@ class DictOutput(nn.Module):
         return {"out": out, "aux": self.aux(features)}
 
 
+@network("reserved_names", (3, 6, 6))
+class ReservedNames(nn.Module):
+    """Layers called meta, graph and code, which a torch.fx.GraphModule keeps for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meta, self.graph, self.code = conv_bn_act(3, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(F.relu(self.graph(self.meta(x).mean((2, 3)))))
+
+
 def _dict_inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ({"image": torch.randn(batch, 3, 6, 6), "meta": torch.randn(batch, 4)},), {}
 
@@ -217,11 +229,11 @@ class DictInput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.meta, self.head = conv_bn_act(3, 8), nn.Linear(4, 5), nn.Linear(13, 3)
+        self.conv, self.age, self.head = conv_bn_act(3, 8), nn.Linear(4, 5), nn.Linear(13, 3)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         pooled = self.conv(batch["image"]).mean((2, 3))
-        return self.head(torch.cat([pooled, F.relu(self.meta(batch["meta"]))], dim=-1))
+        return self.head(torch.cat([pooled, F.relu(self.age(batch["meta"]))], dim=-1))
 
 
 def _keyword_inputs(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
