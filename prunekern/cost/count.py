@@ -252,7 +252,8 @@ class _Counter:
     def __init__(self, graph: Graph, registry: Registry, shape: ShapeOf) -> None:
         self.graph, self.registry, self.shape = graph, registry, shape
         self.memory: Memory = memory(graph)
-        self.weights = {graph.state[node.name]: self._weight(node, tensor) for node, tensor in state_nodes(graph)}
+        self.weights = {graph.state[node.name]: self._weight(node, tensor)
+                        for node, tensor in state_nodes(graph)}
         self.missing: dict[tuple[str, str], list[str]] = {}
 
     def profile(self, batch: int, notes: tuple[str, ...]) -> Profile:
@@ -354,6 +355,8 @@ def _prefixes(path: str) -> list[str]:
 
 def _stack(node: fx.Node) -> dict[str, str]:
     """Path -> class name of every module that was in its forward when the call was made, outermost first."""
-    entries = (node.meta.get("nn_module_stack") or {}).values()
-    return {re.sub(r"@\d+", "", path): kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-            for path, kind in entries}
+    found: dict[str, str] = {}
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        found[re.sub(r"@\d+", "", path)] = name
+    return found

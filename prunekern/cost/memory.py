@@ -57,7 +57,7 @@ class Memory:
     of: Mapping[fx.Node, tuple[int | None, ...]]
 
     def peak(self, graph: Graph, shape: ShapeOf) -> Peak:
-        """The largest sum of buffers live at once; those of an operator's inputs and outputs are while it runs."""
+        """The largest sum of buffers live at once; an operator's inputs and outputs are while it runs."""
         if not self.buffers:
             return Peak(0, "", "", ())
         sizes = [buffer.bytes(shape) for buffer in self.buffers]
@@ -154,7 +154,7 @@ def peak(graph: Graph, shape: ShapeOf | None = None) -> Peak:
     """Peak activation memory of one forward, without parameters and without operators' workspaces.
 
     shape: shapes of all nodes (default: the graph's own at the batch of its example).
-    Source: liveness analysis as in register allocation (Aho, Sethi, Ullman, "Compilers", section 9.5), in the
-    order of the trace.
+    Source: live-variable analysis (Aho, Lam, Sethi, Ullman, "Compilers", section 9.2.5), in the order of the
+    trace.
     """
     return memory(graph).peak(graph, shape or graph.shapes(graph.example_batch))

@@ -52,7 +52,8 @@ def summary(profile: Profile) -> list[str]:
     lines = [
         f"batch {profile.batch}: {count(total.macs)} MACs = {count(total.flops)} FLOPs "
         f"(fvcore counts {count(total.fvcore_flops)}), {count(total.elementwise)} elementwise operations",
-        f"{count(total.params)} parameters, {count(total.buffers)} in buffers, {count(total.weight_bytes, 'B')}",
+        f"{count(total.params)} parameters, {count(total.buffers)} values in buffers: "
+        f"{count(total.weight_bytes, 'B')}",
         f"activations: {count(total.read_bytes, 'B')} read, {count(total.written_bytes, 'B')} written, "
         f"peak {count(peak.bytes, 'B')}{where}"]
     for item in profile.uncounted:
