@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from prunekern.core.builder import Builder, per_axis
 from prunekern.core.graph import Shape, ShapeOf
-from prunekern.core.labels import Planes, Tape, spread
+from prunekern.core.labels import Planes, Tape, spread, varying
+from prunekern.core.program import Epilogue
 from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
 from prunekern.ops.elementwise import Pair
 
@@ -52,8 +54,8 @@ class Convolution(OpRule):
             tape.freeze(node, plane, "its positions are mixed by a convolution")
         self._freeze_kernel(node, tape, weight)
         if groups == 1:
-            tape.tie(node, source, tape.axis(node, weight, self._in_axis))
-            out = tape.axis(node, weight, self._out_axis)
+            tape.tie(node, source, tape.read(node, weight, self._in_axis))
+            out = tape.produce(node, weight, self._out_axis)
         else:
             out = self._grouped(node, tape, source, weight, groups)
         if isinstance(bias, fx.Node):
@@ -64,12 +66,14 @@ class Convolution(OpRule):
 
     def _freeze_kernel(self, node: fx.Node, tape: Tape, weight: Any) -> None:
         for plane in tape.planes(weight):
-            if plane.stride(0) == 0 and plane.stride(1) == 0:
+            if min(varying(plane)) > 1:
                 tape.freeze(node, plane)
 
     def _grouped(self, node: fx.Node, tape: Tape, source: Tensor | None, weight: Any, groups: int) -> Tensor | None:
         """Row r of the input feeds row r of the output only; every row must keep as many channels."""
         rows = tape.axis(node, weight, self.rows_axis)         # cut into groups: [g * n]
+        tape.produce(node, weight, self._out_axis)
+        tape.read(node, weight, self._in_axis)
         name = tape.graph.fqn(weight)
         per_group = tape.shape(weight)[self.table_axis]
         far = source if self._in_axis == 1 else None           # the side that each group has of its own
@@ -127,6 +131,35 @@ class Convolution(OpRule):
             return node.target, tuple(args), dict(node.kwargs)
         return node.target, tuple(node.args), {**node.kwargs, "groups": new}
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        given = build.arguments(node)
+        weight, bias = given["weight"], given.get("bias")
+        if not build.is_constant(weight) or not (bias is None or build.is_constant(bias)):
+            return False
+        kernel = tuple(build.constant(weight).shape[2:])
+        if build.rank(node) != len(kernel) + 2 or not build.is_float(node):
+            return False
+        attributes = self.geometry(given, kernel)
+        attributes["groups"] = given.get("groups", 1)
+        epilogue = Epilogue(bias=None if bias is None else build.weight(bias))
+        build.step(self.op, node, (given["input"],), attributes, {"weight": build.weight(weight)}, epilogue)
+        return True
+
+    op = "conv"
+
+    def geometry(self, given: dict[str, Any], kernel: tuple[int, ...]) -> dict[str, Any]:
+        """A Step's attributes; padding strings become (low, high) pairs as torch resolves them."""
+        rank = len(kernel)
+        dilation = per_axis(given.get("dilation", 1), rank)
+        padding = given.get("padding", 0)
+        if padding == "same":     # an odd total puts the extra element behind
+            totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+            pairs = [[total // 2, total - total // 2] for total in totals]
+        else:
+            pairs = [[p, p] for p in per_axis(0 if padding == "valid" else padding, rank)]
+        return {"kernel": list(kernel), "stride": per_axis(given.get("stride", 1), rank), "padding": pairs,
+                "dilation": dilation}
+
 
 class TransposedConvolution(Convolution):
     """conv_transpose1d/2d/3d. Weight [I, O/g, k...]; every input pixel is multiplied with the whole kernel."""
@@ -153,6 +186,12 @@ class TransposedConvolution(Convolution):
         batch = x[0] if len(x) == spatial + 2 else 1
         return batch * numel(x[-spatial:]) * numel(weight)
 
+    op = "conv_transpose"
+
+    def geometry(self, given: dict[str, Any], kernel: tuple[int, ...]) -> dict[str, Any]:
+        return {**super().geometry(given, kernel),
+                "output_padding": per_axis(given.get("output_padding", 0), len(kernel))}
+
 
 class Linear(OpRule):
     """linear(x [..., I], weight [O, I], bias [O])."""
@@ -168,8 +207,8 @@ class Linear(OpRule):
     def label(self, node: fx.Node, tape: Tape) -> None:
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
         source, rest = tape.consume(node, x, -1)  # type: ignore[arg-type]
-        tape.tie(node, source, tape.axis(node, weight, 1))
-        out = tape.axis(node, weight, 0)
+        tape.tie(node, source, tape.read(node, weight, 1))
+        out = tape.produce(node, weight, 0)
         if isinstance(bias, fx.Node):
             tape.tie(node, out, tape.axis(node, bias, 0))
         shape = tape.shape(node)
@@ -190,6 +229,16 @@ class Linear(OpRule):
         out, inputs = shape(node.args[1])  # type: ignore[arg-type]
         return {"in_features": inputs, "out_features": out}
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        given = build.arguments(node)
+        weight, bias = given["weight"], given.get("bias")
+        if not build.is_constant(weight) or not (bias is None or build.is_constant(bias)) \
+                or build.rank(weight) != 2 or build.rank(node) < 2 or not build.is_float(node):
+            return False
+        epilogue = Epilogue(bias=None if bias is None else build.weight(bias))
+        build.step("linear", node, (given["input"],), {}, {"weight": build.weight(weight)}, epilogue)
+        return True
+
 
 class Embedding(OpRule):
     """embedding(weight [V, D], indices): the width D is prunable, the rows are the vocabulary and stay."""
@@ -206,12 +255,19 @@ class Embedding(OpRule):
         if rows is not None:
             tape.freeze(node, rows)
         tape.freeze_planes(node, tape.planes(node.args[1]), "indices are looked up")
-        width = tape.axis(node, weight, 1)
+        width = tape.produce(node, weight, 1)
         tape.give(node, () if width is None else (spread(width, len(shape) - 1, shape),))
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         rows, width = shape(node.args[0])  # type: ignore[arg-type]
         return {"num_embeddings": rows, "embedding_dim": width}
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        weight, indices = node.args[:2]
+        if not build.is_constant(weight):
+            return False
+        build.step("embedding", node, (indices,), {}, {"weight": build.weight(weight)})  # type: ignore[arg-type]
+        return True
 
 
 class MatMul(OpRule):
@@ -257,6 +313,19 @@ class MatMul(OpRule):
             return 0
         left, right = self._operands(node, shape)
         return numel(left) * right[-1] if len(right) > 1 else self.macs(node, shape)
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        if build.name(node) not in ("matmul", "bmm", "mm") or not build.is_float(node):
+            return False
+        left, right = node.args[:2]
+        if build.rank(left) < 2 or build.rank(right) < 2:
+            return False
+        if build.is_constant(right) and build.rank(right) == 2:
+            weight = build.store(f"{node.name}.weight", build.constant(right).t().contiguous())  # type: ignore[arg-type]
+            build.step("linear", node, (left,), {}, {"weight": weight})
+        else:
+            build.step("matmul", node, (left, right))
+        return True
 
 
 RULES: tuple[OpRule, ...] = (Convolution(), TransposedConvolution(), Linear(), Embedding(), MatMul())

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from prunekern.core.activations import ATEN
+from prunekern.core.builder import Builder
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, varying
+from prunekern.core.program import Activation as Function
+from prunekern.core.program import Epilogue
 from prunekern.core.rule import OpRule, Sample, aten, numel
 
 
@@ -65,6 +69,21 @@ class Activation(OpRule):
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return 0 if any(name in str(node.target) for name in self.free) else numel(shape(node))
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        name, given = build.name(node), build.arguments(node)
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        if name in ("clone", "contiguous", "detach", "alias", "lift_fresh_copy") \
+                or (name in ("to", "_to_copy", "type_as") and build.dtype(node) == build.dtype(x)) \
+                or ("dropout" in name and not given["train"]):
+            build.same(node, x)
+            return True
+        numbers = all(not isinstance(v, fx.Node) for key, v in given.items() if key not in ("self", "input"))
+        if name not in ATEN or not numbers or not build.is_float(x) or build.dtype(node) != build.dtype(x) \
+                or given.get("training") or "decimals" in given:
+            return False
+        build.step("activation", node, (x,), epilogue=Epilogue(activation=Function(*ATEN[name](given))))
+        return True
+
 
 class PReLU(OpRule):
     """prelu(x [N, C, ...], weight [C] or [1])."""
@@ -84,6 +103,18 @@ class PReLU(OpRule):
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         return {"num_parameters": shape(node.args[1])[0]}  # type: ignore[arg-type]
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x, weight = node.args
+        if not build.is_constant(weight) or not build.is_float(node):
+            return False
+        slopes = build.constant(weight)  # type: ignore[arg-type]
+        if slopes.numel() == 1:
+            build.step("activation", node, (x,),
+                       epilogue=Epilogue(activation=Function("leaky_relu", (float(slopes),))))
+        else:
+            build.step("prelu", node, (x,), {"axis": 1}, {"slope": build.weight(weight)})  # type: ignore[arg-type]
+        return True
 
 
 class Arithmetic(OpRule):
@@ -113,6 +144,59 @@ class Arithmetic(OpRule):
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return numel(shape(node))
+
+    kinds = ("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "max", "min")
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        name, given = build.name(node), build.arguments(node)
+        if name not in self.kinds or given.get("rounding_mode") is not None:
+            return False
+        left, right = given["self"], given["other"]
+        if name == "rsub":
+            name, left, right = "sub", right, left
+        dtype = build.dtype(node)
+        if not dtype.is_floating_point or any(build.is_tensor(a) and build.dtype(a) != dtype for a in (left, right)):
+            return False
+        if self._lower_constant(node, build, name, left, right, given.get("alpha", 1)):
+            return True
+        if given.get("alpha", 1) != 1 or not (build.is_tensor(left) and build.is_tensor(right)):
+            return False
+        kind = {"max": "maximum", "min": "minimum"}.get(name, name)
+        build.step("binary", node, (left, right), {"kind": kind})
+        return True
+
+    def _lower_constant(self, node: fx.Node, build: Builder, name: str, left: Any, right: Any, alpha: float) -> bool:
+        """One operand is a number, or a constant vector along one axis: a scale and a shift."""
+        swapped = not build.is_tensor(left) or build.is_constant(left)
+        x, other = (right, left) if swapped else (left, right)
+        if not build.is_tensor(x) or build.shape(x) != build.shape(node) or name not in ("add", "sub", "mul", "div") \
+                or (name == "div" and swapped):
+            return False
+        if build.is_constant(other):
+            value = build.constant(other)
+        elif isinstance(other, (bool, int, float)):
+            value = torch.tensor(float(other), dtype=torch.double)
+        else:
+            return False
+        long = [axis - value.dim() for axis, size in enumerate(value.shape) if size > 1]
+        if len(long) > 1:
+            return False
+        axis = long[0] + build.rank(x) if long else min(1, build.rank(x) - 1)
+        vector = value.reshape(-1).double()
+        one, none = torch.ones_like(vector), torch.zeros_like(vector)
+        if name == "mul":
+            scale, shift = vector, none
+        elif name == "div":
+            scale, shift = vector.reciprocal(), none
+        elif name == "add":
+            scale, shift = (alpha * one, vector) if swapped else (one, alpha * vector)
+        else:
+            scale, shift = (-alpha * one, vector) if swapped else (one, -alpha * vector)
+        dtype = build.dtype(node)
+        build.step("scale", node, (x,), {"axis": axis}, {
+            "scale": build.store(f"{node.name}.scale", scale.to(dtype)),
+            "shift": build.store(f"{node.name}.shift", shift.to(dtype))})
+        return True
 
 
 class GLU(OpRule):
@@ -160,6 +244,13 @@ class Softmax(OpRule):
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return 3 * numel(shape(node))
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x, axis = node.args[:2]
+        if not build.is_float(x) or build.dtype(node) != build.dtype(x) or not build.rank(x):  # type: ignore[arg-type]
+            return False
+        build.step("softmax", node, (x,), {"axis": axis % build.rank(x), "log": "log" in build.name(node)})  # type: ignore[operator]
+        return True
 
 
 RULES: tuple[OpRule, ...] = (Activation(), PReLU(), Arithmetic(), GLU(), Softmax())

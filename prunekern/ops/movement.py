@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from prunekern.core.graph import Shape
+from prunekern.core.builder import Builder
+from prunekern.core.graph import Dim, Shape
 from prunekern.core.labels import Plane, Tape, compact, spread, varying
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten
 from prunekern.ops.elementwise import MAP, sample
@@ -45,6 +46,34 @@ class Move(OpRule):
             tape.give_list(node, [[result[i] for result in results] for i in range(count)])
         else:
             tape.give(node, results)
+
+    orders = ("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "mT")
+    shapes = ("squeeze", "unsqueeze", "flatten", "view", "reshape", "_unsafe_view", "unflatten", "view_as", "reshape_as")
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        name = build.name(node)
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        if name in self.shapes:
+            build.step("move", node, (x,), {"kind": "reshape"})
+        elif name in self.orders:
+            probe = torch.empty(tuple(range(2, build.rank(x) + 2)), device="meta")
+            moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+            build.step("move", node, (x,), {"kind": "permute", "axes": [size - 2 for size in moved.shape]})
+        elif name == "unbind":
+            axis = argument(node, 1, "dim", 0) % build.rank(x)
+            for i in range(len(build.graph.dims[node.name])):
+                lower_select(node, build, x, axis, i, i)
+        else:
+            return False
+        return True
+
+
+def lower_select(node: fx.Node, build: Builder, x: fx.Node, axis: int, index: int, item: int | None = None) -> None:
+    """One position of an axis, and the axis gone."""
+    shape = build.shape(x)
+    piece = build.between("move", node, (x,), (*shape[:axis], Dim(0, 1), *shape[axis + 1:]),
+                          {"kind": "slice", "axis": axis, "start": index, "step": 1})
+    build.step("move", node, (piece,), {"kind": "reshape"}, item=item)
 
 
 class View(Move):
@@ -122,6 +151,12 @@ class Expand(OpRule):
                  for i, count in enumerate(given)]
         return node.target, (node.args[0], times), {}
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        if build.name(node) not in ("expand", "expand_as", "broadcast_to"):
+            return False
+        build.step("move", node, (node.args[0],), {"kind": "expand"})
+        return True
+
 
 class Concatenate(OpRule):
     """cat and stack: label vectors are joined along the axis; along all others the operands run together."""
@@ -155,6 +190,18 @@ class Concatenate(OpRule):
         joined = torch.cat(vectors)
         tape.give(node, (*planes, spread(joined, axis, shape)) if bool(joined.any()) else planes)
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        tensors: list[fx.Node] = [t for t in node.args[0] if build.shape(t) != (Dim(0, 0),)]  # type: ignore[union-attr]
+        if any(build.dtype(t) != build.dtype(node) for t in tensors):
+            return False
+        axis = argument(node, 1, "dim", 0) % build.rank(node)
+        pieces: list[Any] = tensors
+        if build.name(node) == "stack":
+            pieces = [build.between("move", node, (t,), (*build.shape(t)[:axis], Dim(0, 1), *build.shape(t)[axis:]),
+                                    {"kind": "reshape"}) for t in tensors]
+        build.step("cat", node, pieces, {"axis": axis})
+        return True
+
 
 class Split(Move):
     """split, chunk: the pieces become what survives of them."""
@@ -176,6 +223,17 @@ class Split(Move):
         if None in pieces or pieces == [shape[axis] for shape in sizes.old(node)]:
             return None
         return torch.ops.aten.split_with_sizes.default, (node.args[0], pieces, axis), {}
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        axis, start = self.axis(node) % build.rank(x), 0
+        pieces = [shape[axis] for shape in build.graph.dims[node.name]]
+        if any(piece.scale for piece in pieces):
+            return False
+        for item, piece in enumerate(pieces):
+            build.step("move", node, (x,), {"kind": "slice", "axis": axis, "start": start, "step": 1}, item=item)
+            start += piece.offset
+        return True
 
 
 class Slice(Move):
@@ -219,6 +277,25 @@ class Slice(Move):
             return node.target, (x, axis, start, size - start), {}
         start, end = argument(node, 2, "start", 0) or 0, argument(node, 3, "end", None)
         return node.target, (x, axis, count(start), count(length if end is None else end)), {}
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        axis, size = argument(node, 1, "dim", 0) % build.rank(x), None
+        if build.shape(x) == build.shape(node):
+            build.same(node, x)                     # a slice of everything
+            return True
+        size = build.shape(x)[axis]
+        start = node.args[2] if build.name(node) != "slice" else argument(node, 2, "start", 0) or 0
+        if size.scale or not build.is_fixed(start):
+            return False
+        first = build.fixed(start)
+        first = max(0, min(first + size.offset if first < 0 else first, size.offset))
+        if build.name(node) == "select":
+            lower_select(node, build, x, axis, first)
+        else:
+            build.step("move", node, (x,), {"kind": "slice", "axis": axis, "start": first,
+                                            "step": argument(node, 4, "step", 1)})
+        return True
 
 
 class Roll(Move):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from prunekern.core.builder import Builder
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, varying
 from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
@@ -48,6 +50,39 @@ class BatchNorm(OpRule):
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         return {"num_features": shape(node)[1]}
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        given = build.arguments(node)
+        return not given["training"] and lower_as_scale(node, build, given)
+
+
+def lower_as_scale(node: fx.Node, build: Builder, given: dict[str, Any]) -> bool:
+    """Normalisation by stored statistics is a scale and a shift per channel, computed here in fp64."""
+    vectors = [given.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    if vectors[2] is None or vectors[3] is None or not build.is_float(node) \
+            or not all(v is None or build.is_constant(v) for v in vectors):
+        return False
+    gain, shift, mean, variance = (None if v is None else build.constant(v).double() for v in vectors)
+    scale = (variance + given["eps"]).rsqrt()  # type: ignore[operator]
+    scale = scale if gain is None else scale * gain
+    shift = -mean * scale if shift is None else shift - mean * scale  # type: ignore[operator]
+    dtype = build.dtype(node)
+    build.step("scale", node, (given["input"],), {"axis": 1}, {
+        "scale": build.store(f"{node.name}.scale", scale.to(dtype)),
+        "shift": build.store(f"{node.name}.shift", shift.to(dtype))})
+    return True
+
+
+def lower_as_norm(node: fx.Node, build: Builder, op: str, attributes: dict[str, Any]) -> bool:
+    """A normalisation by statistics of its input, with constant gain and shift where it has them."""
+    given = build.arguments(node)
+    vectors = {name: given[name] for name in ("weight", "bias") if given.get(name) is not None}
+    if not build.is_float(node) or not all(build.is_constant(v) for v in vectors.values()):
+        return False
+    eps = given.get("eps", 1e-5)
+    attributes["eps"] = torch.finfo(build.dtype(node)).eps if eps is None else eps
+    build.step(op, node, (given["input"],), attributes, {role: build.weight(v) for role, v in vectors.items()})
+    return True
+
 
 class InstanceNorm(BatchNorm):
     """instance_norm over the positions of each channel: exact for channels, positions must stay."""
@@ -73,6 +108,15 @@ class InstanceNorm(BatchNorm):
     def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
         """Source: fvcore 0.1.5, jit_handles.norm_flop_counter."""
         return numel(shape(node)) * (5 if node.args[1] is not None else 4)
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        given = build.arguments(node)
+        if not given["use_input_stats"]:
+            return lower_as_scale(node, build, given)
+        channels = build.shape(node)[1]
+        if channels.scale:
+            return False
+        return lower_as_norm(node, build, "group_norm", {"groups": channels.offset})
 
 
 class GroupNorm(OpRule):
@@ -113,6 +157,9 @@ class GroupNorm(OpRule):
         groups = self.attributes(node, sizes.new)["num_groups"]
         return node.target, (node.args[0], groups, *node.args[2:]), dict(node.kwargs)
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        return lower_as_norm(node, build, "group_norm", {"groups": node.args[1]})
+
 
 class LayerNorm(OpRule):
     """layer_norm and rms_norm over the last axes: the channels in those axes stay, others pass."""
@@ -146,6 +193,9 @@ class LayerNorm(OpRule):
         if "rms" in str(node.target):
             return 0
         return numel(shape(node)) * (5 if argument(node, 2, "weight") is not None else 4)
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        return lower_as_norm(node, build, build.name(node), {"axes": len(node.args[1])})  # type: ignore[arg-type]
 
 
 RULES: tuple[OpRule, ...] = (BatchNorm(), InstanceNorm(), GroupNorm(), LayerNorm())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from prunekern.core.builder import Builder, per_axis
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, spread, varying
 from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
@@ -68,6 +69,46 @@ class Pool(OpRule):
         counted = "adaptive_avg_pool2d" in str(node.target)
         return numel(shape(node.args[0])) if counted else 0  # type: ignore[arg-type]
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        name, given = build.name(node), build.arguments(node)
+        x, rank = given.get("self", given.get("input")), self.spatial(node)
+        item = 0 if isinstance(build.graph.dims[node.name], list) else None
+        if build.rank(x) != rank + 2 or not build.is_float(x) or "lp_pool" in name \
+                or (item == 0 and not build.only_first(node)):
+            return False
+        sizes = build.shape(x)[2:]
+        kind = "max" if "max" in name else "avg"
+        if any(size.scale for size in sizes):
+            return False
+        if "adaptive" in name:
+            return self._adaptive(node, build, x, kind, [size.offset for size in sizes], item)
+        kernel = per_axis(given["kernel_size"], rank)
+        attributes = {
+            "kind": kind, "kernel": kernel, "stride": per_axis(given.get("stride") or kernel, rank),
+            "padding": [[p, p] for p in per_axis(given.get("padding", 0), rank)],
+            "dilation": per_axis(given.get("dilation", 1), rank), "ceil": bool(given.get("ceil_mode", False)),
+            "count_include_pad": bool(given.get("count_include_pad", True)),
+            "divisor": given.get("divisor_override")}
+        build.step("pool", node, (x,), attributes, item=item)
+        return True
+
+    def _adaptive(self, node: fx.Node, build: Builder, x: fx.Node, kind: str, sizes: list[int],
+                  item: int | None) -> bool:
+        """To one position: a reduction; to a divisor of the size: ordinary pooling."""
+        wanted = per_axis(build.fixed(node.args[1]), len(sizes))
+        rank = len(sizes)
+        if all(size == 1 for size in wanted):
+            build.step("reduce", node, (x,), {"kind": "mean" if kind == "avg" else "amax",
+                                              "axes": list(range(2, rank + 2)), "keepdim": True}, item=item)
+        elif all(size % want == 0 for size, want in zip(sizes, wanted, strict=True)):
+            kernel = [size // want for size, want in zip(sizes, wanted, strict=True)]
+            build.step("pool", node, (x,), {
+                "kind": kind, "kernel": kernel, "stride": kernel, "padding": [[0, 0]] * rank, "dilation": [1] * rank,
+                "ceil": False, "count_include_pad": True, "divisor": None}, item=item)
+        else:
+            build.step("adaptive_pool", node, (x,), {"kind": kind, "size": wanted}, item=item)
+        return True
+
 
 class PoolWithIndices(Pool):
     """Max pooling that also returns indices, and adaptive max pooling."""
@@ -117,6 +158,23 @@ class Resize(OpRule):
         name = str(node.target)
         scale = 1 if "upsample_nearest2d" in name else 4 if "upsample_bilinear2d" in name else 0
         return scale * numel(shape(node))
+
+    modes = {"upsample_nearest": "nearest", "_upsample_nearest_exact": "nearest_exact", "upsample_linear": "linear",
+             "upsample_bilinear": "linear", "upsample_trilinear": "linear", "upsample_bicubic": "cubic"}
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        given, name = build.arguments(node), build.name(node)
+        mode, rank = self.modes.get(name[:-2]), build.rank(node) - 2
+        sizes = build.shape(node)[2:]
+        if mode is None or not build.is_float(node) or any(size.scale for size in sizes):
+            return False
+        axes = ("scales",) if rank == 1 else ("scales_d", "scales_h", "scales_w")[3 - rank:]
+        scales = given["scale_factors"] if "scale_factors" in given else [given.get(axis) for axis in axes]
+        build.step("resize", node, (given.get("input", given.get("self")),), {
+            "mode": mode, "size": [size.offset for size in sizes],
+            "scales": None if scales is None or None in scales else list(scales),
+            "align_corners": bool(given.get("align_corners", False))})
+        return True
 
 
 class Pad(OpRule):
@@ -169,6 +227,20 @@ class Pad(OpRule):
             new += [before, after] if bool(alive.all()) else [
                 int(alive[:before].sum()), int(alive[len(alive) - after:].sum()) if after else 0]
         return node.target, (node.args[0], new, *node.args[2:]), dict(node.kwargs)
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        given, name = build.arguments(node), build.name(node)
+        if not build.is_fixed(given["pad" if "pad" in given else "padding"]) or not build.is_float(node):
+            return False
+        mode = given.get("mode", "constant") if name == "pad" else name
+        mode = next((m for k, m in (("refl", "reflect"), ("repl", "replicate"), ("circ", "circular")) if k in mode),
+                    "constant")
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        pads = build.fixed(node.args[1])
+        pairs = [[pads[i], pads[i + 1]] for i in range(0, len(pads), 2)]
+        build.step("pad", node, (x,), {"amounts": [[0, 0]] * (build.rank(x) - len(pairs)) + pairs[::-1], "mode": mode,
+                                       "value": float(given.get("value") or 0.0)})
+        return True
 
 
 class Reduction(OpRule):
@@ -235,6 +307,20 @@ class Reduction(OpRule):
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return numel(shape(node.args[0]))  # type: ignore[arg-type]
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        name, given = build.name(node), build.arguments(node)
+        item = 0 if isinstance(build.graph.dims[node.name], list) else None
+        kind = {"max": "amax", "min": "amin"}.get(name, name)
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        dtype = build.dtype(x)
+        if kind not in ("mean", "sum", "amax", "amin") or not dtype.is_floating_point \
+                or given.get("dtype") not in (None, dtype) or (item == 0 and not build.only_first(node)):
+            return False
+        axes = sorted(self.axes(node, build.rank(x)))
+        build.step("reduce", node, (x,), {"kind": kind, "axes": axes, "keepdim": bool(given.get("keepdim", False))},
+                   item=item)
+        return True
 
 
 RULES: tuple[OpRule, ...] = (Pool(), PoolWithIndices(), Resize(), Pad(), Reduction())
