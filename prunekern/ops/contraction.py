@@ -80,10 +80,13 @@ class Convolution(OpRule):
         if self._in_axis == 0:                                  # transposed: the output side is the table
             tape.tie(node, source, rows)
             far = tape.fresh(groups * per_group)
+        own = tape.axis(node, weight, self.table_axis)         # replaced by the table, where there is one
         if rows is None or far is None or name is None:
-            for labels in (rows, far):
+            for labels in (far, own, rows if rows is None or rows.numel() == groups else None):
                 if labels is not None:
-                    tape.freeze(node, labels, "a grouped convolution on fixed channels")
+                    tape.freeze(node, labels)
+            if rows is not None and rows.numel() > groups:
+                tape.balanced.append(rows.view(groups, -1))    # fixed inputs: outputs go equally from each group
             return rows if self._in_axis == 1 else far
         rows_table, far_table = rows.view(groups, -1), far.view(groups, -1)
         if per_group == 1 or rows_table.shape[1] == 1:

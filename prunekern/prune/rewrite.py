@@ -19,6 +19,7 @@ from prunekern.core.rule import Registry, argument
 from prunekern.graph.labels import Labels
 
 aten = torch.ops.aten
+ORIGIN = "prunekern_origin"      # node.meta key: name of the traced node it stands for
 
 
 class PrunedModule(fx.GraphModule):
@@ -37,6 +38,15 @@ class FunctionalBatchNorm(nn.Module):
                 var: Tensor | None) -> Tensor:
         training = self.training or mean is None
         return functional.batch_norm(x, mean, var, weight, bias, training, self.momentum, self.eps)
+
+
+RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def own_name(name: str) -> str:
+    """A state or module name as the graph module has it: 'graph' and the like are taken by its own attributes."""
+    head, dot, tail = name.partition(".")
+    return f"module_{head}{dot}{tail}" if head in RESERVED else name
 
 
 class NewSizes:
@@ -61,11 +71,11 @@ def _known(dims: Any) -> Any:
     return tuple(None if dim.scale else dim.offset for dim in dims)
 
 
-def rewrite(labels: Labels, keep: Tensor, state: Mapping[str, Tensor], modules: nn.Module,
-            registry: Registry) -> PrunedModule:
-    """Build the module. state: sliced tensors by name (used as they are, not copied); modules: the sliced copy
-    of the user's module, whose torch.nn layers are used wherever a layer is one call of the graph."""
+def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry) -> PrunedModule:
+    """Build the module. modules: the sliced copy of the user's module; its tensors and its torch.nn layers (where
+    a layer is one call of the graph) become part of the new one, not copies of them."""
     graph = labels.graph
+    state = {**graph.tensors, **dict(modules.named_buffers()), **dict(modules.named_parameters())}
     root = nn.Module()
     root.training = modules.training
     leaves = _leaf_calls(graph, modules)
@@ -81,22 +91,22 @@ def rewrite(labels: Labels, keep: Tensor, state: Mapping[str, Tensor], modules: 
                 env[node].meta.update(node.meta)
             elif node in users:
                 _attach(root, name, state[name], modules, name in graph.constants)
-                env[node] = new.get_attr(name)
+                env[node] = new.get_attr(own_name(name))
         elif node.op == "output":
             new.output(fx.node.map_arg(node.args[0], env.__getitem__))
         elif node.op == "get_attr":
-            setattr(root, str(node.target), getattr(graph.fx.owning_module, str(node.target)))
+            root.add_module(str(node.target), getattr(graph.fx.owning_module, str(node.target)))
             env[node] = new.get_attr(str(node.target))
         elif "_assert" not in str(node.target):
             env[node] = _emit(node, new, root, env, sizes, leaves, modules, registry)
-            env[node].name = node.name
+            env[node].meta[ORIGIN] = node.name
     _order_like(root, modules)
     new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
     module = PrunedModule(root, new, class_name="PrunedModule")
     module.train(modules.training)
     for path, child in modules.named_modules():      # every part keeps its own train/eval flag
-        if path and _has(module, path):
-            module.get_submodule(path).training = child.training
+        if path and _has(module, own_name(path)):
+            module.get_submodule(own_name(path)).training = child.training
     return module
 
 
@@ -104,8 +114,8 @@ def _emit(node: fx.Node, new: fx.Graph, root: nn.Module, env: Mapping[fx.Node, f
           leaves: Mapping[fx.Node, str], modules: nn.Module, registry: Registry) -> fx.Node:
     if node in leaves:
         path = leaves[node]
-        _attach_module(root, path, modules.get_submodule(path), modules)
-        return new.call_module(path, (env[node.args[0]],))  # type: ignore[index]
+        _attach_module(root, path, modules.get_submodule(path))
+        return new.call_module(own_name(path), (env[node.args[0]],))  # type: ignore[index]
     following = _mode_follower(node)
     if following is not None:
         module, args = following
@@ -174,19 +184,19 @@ def _parent(root: nn.Module, path: str) -> nn.Module:
 
 def _attach(root: nn.Module, name: str, tensor: Tensor, modules: nn.Module, constant: bool) -> None:
     path, _, leaf = name.rpartition(".")
-    parent = _parent(root, path)
-    if leaf in parent._parameters or leaf in parent._buffers:
+    parent, own_leaf = _parent(root, own_name(name).rpartition(".")[0]), own_name(name).rpartition(".")[2]
+    if own_leaf in parent._parameters or own_leaf in parent._buffers:
         return
     original = None if constant else getattr(modules.get_submodule(path), leaf)
     if isinstance(original, nn.Parameter):
-        parent.register_parameter(leaf, original)
+        parent.register_parameter(own_leaf, original)
     else:
         persistent = not constant and leaf not in modules.get_submodule(path)._non_persistent_buffers_set
-        parent.register_buffer(leaf, tensor if original is None else original, persistent=persistent)
+        parent.register_buffer(own_leaf, tensor if original is None else original, persistent=persistent)
 
 
-def _attach_module(root: nn.Module, path: str, module: nn.Module, modules: nn.Module) -> None:
-    head, _, leaf = path.rpartition(".")
+def _attach_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    head, _, leaf = own_name(path).rpartition(".")
     parent = _parent(root, head)
     existing = parent._modules.get(leaf)
     if existing is not module:

@@ -1,0 +1,147 @@
+"""One pass of trace -> label -> score -> plan -> slice -> prove, with each arrow's result kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunekern.core.plan import Plan
+from prunekern.errors import InputError
+from prunekern.graph.groups import Groups, find_groups
+from prunekern.graph.labels import frozen_report, label
+from prunekern.graph.trace import trace
+from prunekern.ops import REGISTRY
+from prunekern.prune.importance import Evidence, score
+from prunekern.prune.prove import Proof, prove
+from prunekern.prune.rewrite import rewrite
+from prunekern.prune.slice import choice_of, plan_of, slice_module
+from prunekern.prune.target import Choice, Target, choose, ignored
+from prunekern.prune.units import make_units
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A smaller network and everything that led to it.
+
+    model: an nn.Module, the user's class where that verifies, else a rewritten graph module (``proof.form``).
+    seconds: {'trace', 'label', 'plan', 'slice', 'rewrite', 'prove'}.
+    """
+
+    model: nn.Module
+    plan: Plan
+    proof: Proof
+    groups: Groups
+    keep: Tensor
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.plan).splitlines()[0], *(f"  {k}: {a:,} -> {b:,}" for k, (a, b)
+                                                            in self.plan.costs.items()), f"  {self.proof}",
+                          *(f"  note: {note}" for note in self.notes)])
+
+
+def groups_of(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -> Groups:
+    """Trace and label a model: every family of channels that can be pruned, before anything is cut.
+
+    Raises what ``trace`` raises.
+    """
+    return find_groups(label(trace(model, example_inputs, allow_train=allow_train), REGISTRY))
+
+
+def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
+          criterion: Any = "l2", reduction: str = "mean", normalisation: str = "mean", direction: str = "minimum",
+          ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
+          calibrate: Iterable[Any] | None = None, loss: Any = None, groups: Groups | None = None,
+          seed: int = 0) -> Pruned:
+    """Shrink a network to a target and prove it equal to the masked original. The model is not modified.
+
+    example_inputs: one batch as a tensor, tuple or dict. criterion: a name or a function (see
+    ``prunekern.prune.importance``); reduction and normalisation: how a group's members and a family's groups
+    are made comparable. ranking: 'global' or 'layer'. ignore: globs of layers left alone. round_to: channels
+    kept are multiples of it. calibrate: batches for criteria that look at activations or gradients.
+
+    Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
+    """
+    clock = Clock()
+    if groups is None:
+        with clock("trace"):
+            graph = trace(model, example_inputs)
+        with clock("label"):
+            groups = find_groups(label(graph, REGISTRY))
+    with clock("plan"):
+        blocked = ignored(groups, list(ignore))
+        evidence = Evidence(groups, batches=calibrate, loss=loss, seed=seed)
+        scores = score(evidence, criterion, reduction=reduction, normalisation=normalisation, direction=direction)
+        units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
+        choice = choose(groups, units, target or Target(macs=0.5), ranking=ranking)
+    details = {"criterion": scores.criterion, "ranking": ranking, **(target or Target(macs=0.5)).to_json()}
+    return cut(model, groups, choice, details, notes=scores.notes, clock=clock, seed=seed)
+
+
+def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan, *, groups: Groups | None = None) -> Pruned:
+    """Slice a model as a (possibly hand-edited) plan says, and prove it.
+
+    Raises PlanError where the plan belongs to another graph or contradicts itself.
+    """
+    if groups is None:
+        groups = groups_of(model, example_inputs)
+    keep = choice_of(groups, plan)
+    return cut(model, groups, Choice(keep, {}, plan.notes), dict(plan.target))
+
+
+def cut(model: nn.Module, groups: Groups, choice: Choice, target: Mapping[str, Any], *,
+        notes: tuple[str, ...] = (), clock: Clock | None = None, seed: int = 0) -> Pruned:
+    """A choice made real: plan, slice, prove."""
+    from prunekern.prune.target import Meter
+    clock = clock or Clock()
+    keep = choice.keep
+    if not groups.families:
+        raise InputError("no prunable channels: " + ("; ".join(frozen_report(groups.labels)) or
+                         "every layer reads the input or writes the output") + ".")
+    with clock("plan"):
+        costs = choice.costs or _costs(Meter(groups), keep)
+        plan = plan_of(groups, keep, costs=costs, target=target, notes=choice.notes)
+    with clock("slice"):
+        sliced = slice_module(model, groups, keep, REGISTRY)
+    with clock("rewrite"):
+        graph_form = rewrite(groups.labels, keep, sliced, REGISTRY)
+    with clock("prove"):
+        module, proof = prove(groups, keep, graph_form, sliced, seed)
+    said = (*choice.notes, *notes, *groups.graph.notes, *frozen_report(groups.labels), *proof.notes,
+            *(_unchanged(choice)))
+    return Pruned(module, plan, proof, groups, keep, tuple(dict.fromkeys(said)), dict(clock.seconds))
+
+
+def _costs(meter: Any, keep: Tensor) -> dict[str, tuple[int, int]]:
+    after = meter.of(keep)
+    return {name: (meter.whole[name], after[name]) for name in after}
+
+
+def _unchanged(choice: Choice) -> list[str]:
+    return ["nothing was removed: the network already meets the target"] if bool(choice.keep.all()) else []
+
+
+class Clock:
+    """Seconds per named stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[tuple[str, float]] = []
+
+    def __call__(self, name: str) -> Clock:
+        self._open.append((name, time.perf_counter()))
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        name, start = self._open.pop()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+

@@ -1,0 +1,233 @@
+"""What a user asks for, and the search for the largest network that gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekern.cost import Costs
+from prunekern.errors import TargetError
+from prunekern.graph.groups import Groups
+from prunekern.prune.slice import predicted
+from prunekern.prune.units import Units
+
+SHARES = ("macs", "params", "bytes")
+REFILL = 64       # how many removed units are tried back in once the target is met
+
+
+@dataclass(frozen=True)
+class Target:
+    """What remains. Shares are of the original (0.5 = at most half of it) and may be combined.
+
+    macs, params, bytes: shares in (0, 1]. layers: {glob: share of channels kept}. one: glob of a layer that
+    loses exactly one channel (one unit). accuracy: absolute, in (0, 1]; max_drop: in points (1 = one per
+    cent); both need an evaluator and combine with the others as a floor.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    bytes: float | None = None
+    layers: Mapping[str, float] | None = None
+    one: str | None = None
+    accuracy: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, f.name) is None for f in fields(self)):
+            raise TargetError("the target asks for nothing; pass e.g. Target(macs=0.5).")
+        for name in (*SHARES, "accuracy"):
+            self._check_share(name, getattr(self, name))
+        for glob, share in (self.layers or {}).items():
+            self._check_share(f"layers[{glob!r}]", share)
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise TargetError(f"max_drop={self.max_drop} is not a number of points from 0 to 100.")
+        if self.one is not None and any(getattr(self, name) is not None for name in (*SHARES, "layers")):
+            raise TargetError("one=... removes a single channel and does not combine with shares.")
+
+    @staticmethod
+    def _check_share(name: str, value: Any) -> None:
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value <= 1):
+            raise TargetError(f"{name}={value!r} is not a share in (0, 1]; targets say what remains "
+                              "(0.5 = at most half of the original).")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in SHARES if getattr(self, name) is not None}
+
+    @property
+    def needs_evaluator(self) -> bool:
+        return self.accuracy is not None or self.max_drop is not None
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+class Meter:
+    """Predicted costs of a choice, for a batch of one."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups, self.costs = groups, Costs(groups.graph)
+        self.batch = 1 if groups.graph.free_batch else groups.graph.batch
+        self.whole = self.of(groups.everything())
+
+    def of(self, keep: Tensor) -> dict[str, int]:
+        labels = self.groups.labels
+        cache: dict[Any, Any] = {}
+
+        def shape(node: Any) -> Any:
+            if node not in cache:
+                cache[node] = predicted(labels, node, keep, self.batch)
+            return cache[node]
+        return {name: getattr(self.costs, name)(shape) for name in SHARES}
+
+    def meets(self, keep: Tensor, shares: Mapping[str, float]) -> bool:
+        found = self.of(keep)
+        return all(found[name] <= share * self.whole[name] for name, share in shares.items())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """keep: boolean [groups]; costs: name -> (before, after); notes: how the target was met or missed."""
+
+    keep: Tensor
+    costs: Mapping[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
+
+
+def ignored(groups: Groups, patterns: list[str] | tuple[str, ...]) -> Tensor:
+    """Boolean [groups]: those of every family that a glob names. Raises TargetError where one matches nothing."""
+    blocked = torch.zeros(groups.labels.groups, dtype=torch.bool)
+    paths = {name.rpartition(".")[0] for name in groups.graph.tensors}
+    for pattern in patterns:
+        families = [f for f in groups if f.matches(pattern)
+                    or any(m.role != "in" and fnmatchcase(m.module, pattern) for m in f.members)]
+        if not families and not any(fnmatchcase(path, pattern) for path in paths):
+            raise TargetError(f"ignore={pattern!r} matches no layer; layers with channels: "
+                              + ", ".join(f.name for f in groups) + ".")
+        for family in families:
+            blocked[family.groups] = True
+    return blocked
+
+
+def choose(groups: Groups, units: Units, target: Target, *, ranking: str = "global",
+           refill: int = REFILL) -> Choice:
+    """The largest choice at or below the target's shares.
+
+    ranking: 'global' removes the least important units anywhere; 'layer' removes the same share everywhere.
+    Raises TargetError where the target is out of reach, with what is reachable.
+    """
+    if ranking not in ("global", "layer"):
+        raise TargetError(f"ranking={ranking!r}; known: 'global', 'layer'.")
+    meter = Meter(groups)
+    if target.one is not None:
+        return _result(meter, _one(groups, units, target.one), ())
+    removed = torch.zeros(len(units), dtype=torch.bool)
+    if target.layers:
+        removed |= _by_layer(groups, units, target.layers)
+    if not target.shares:
+        return _result(meter, ~units.removed(removed), units.notes)
+    order = _order(units, ranking)
+    order = order[~removed[order]]
+    count = _fewest(meter, units, removed, order, target.shares)
+    chosen = removed.clone()
+    chosen[order[:count]] = True
+    chosen = _refilled(meter, units, chosen, order[:count], target.shares, refill)
+    keep = ~units.removed(chosen)
+    return _result(meter, keep, (*units.notes, *_gap(meter, keep, units, chosen, order[:count], target.shares)))
+
+
+def _order(units: Units, ranking: str) -> Tensor:
+    """Units in the order in which they go; the last of each family never does."""
+    key = units.score if ranking == "global" else units.rank
+    order = key.argsort(stable=True)
+    return order[~units.last[order]]
+
+
+def _fewest(meter: Meter, units: Units, removed: Tensor, order: Tensor, shares: Mapping[str, float]) -> int:
+    """The shortest prefix of ``order`` whose removal meets the shares (costs fall with every unit)."""
+    def met(count: int) -> bool:
+        chosen = removed.clone()
+        chosen[order[:count]] = True
+        return meter.meets(~units.removed(chosen), shares)
+    if not met(len(order)):
+        chosen = removed.clone()
+        chosen[order] = True
+        least = meter.of(~units.removed(chosen))
+        reach = ", ".join(f"{name} {least[name] / meter.whole[name]:.3f}" for name in shares if meter.whole[name])
+        asked = ", ".join(f"{name}={share}" for name, share in shares.items())
+        raise TargetError(f"the target {asked} is out of reach: with one channel left in every prunable layer "
+                          f"the network keeps {reach} of the original. Ask for more than that, or ignore less.")
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if met(middle) else (middle + 1, high)
+    return low
+
+
+def _refilled(meter: Meter, units: Units, chosen: Tensor, taken: Tensor, shares: Mapping[str, float],
+              tries: int) -> Tensor:
+    """Put units back, most important first, while the target stays met: the last step may have been a big one."""
+    whole, found = meter.whole, meter.of(~units.removed(chosen))
+    room = min((share * whole[name] - found[name]) / max(whole[name], 1) for name, share in shares.items())
+    if room <= 0.001:
+        return chosen
+    for unit in taken.flip(0)[:tries].tolist():
+        chosen[unit] = False
+        if not meter.meets(~units.removed(chosen), shares):
+            chosen[unit] = True
+    return chosen
+
+
+def _gap(meter: Meter, keep: Tensor, units: Units, chosen: Tensor, taken: Tensor,
+         shares: Mapping[str, float]) -> list[str]:
+    found = meter.of(keep)
+    gaps = {name: share - found[name] / max(meter.whole[name], 1) for name, share in shares.items()}
+    name = min(gaps, key=gaps.__getitem__)
+    if gaps[name] <= 0.01:
+        return []
+    return [f"the nearest network below {name}={shares[name]} has {found[name] / meter.whole[name]:.3f}: "
+            "one group more would exceed the target"]
+
+
+def _by_layer(groups: Groups, units: Units, layers: Mapping[str, float]) -> Tensor:
+    removed = torch.zeros(len(units), dtype=torch.bool)
+    for pattern, share in layers.items():
+        families = groups.find(pattern)
+        if not families:
+            raise TargetError(f"layers[{pattern!r}] matches no prunable layer; there are: "
+                              + ", ".join(f.name for f in groups) + ".")
+        for family in families:
+            number = groups.families.index(family)
+            mine = (units.family == number).nonzero()[:, 0]
+            sizes = torch.stack([(units.of == u).sum() for u in mine.tolist()]) if len(mine) else torch.zeros(0)
+            gone = family.channels - share * family.channels
+            within = sizes.cumsum(0)
+            count = int((within < gone - 1e-9).sum()) + 1 if gone > 1e-9 else 0
+            removed[mine[:min(count, int((~units.last[mine]).sum()))]] = True
+    return removed
+
+
+def _one(groups: Groups, units: Units, pattern: str) -> Tensor:
+    families = groups.find(pattern)
+    if len(families) != 1:
+        raise TargetError(f"one={pattern!r} must name one layer, it names {len(families)}: "
+                          + ", ".join(f.name for f in (families or groups.families)) + ".")
+    mine = ((units.family == groups.families.index(families[0])) & ~units.last).nonzero()[:, 0]
+    if not len(mine):
+        raise TargetError(f"{families[0].name!r} has no channel to give: its last one stays.")
+    chosen = torch.zeros(len(units), dtype=torch.bool)
+    chosen[mine[units.score[mine].argmin()]] = True
+    return ~units.removed(chosen)
+
+
+def _result(meter: Meter, keep: Tensor, notes: tuple[str, ...]) -> Choice:
+    after = meter.of(keep)
+    return Choice(keep, {name: (meter.whole[name], after[name]) for name in SHARES}, notes)
+
+
+Evaluator = Callable[[Any], float]
