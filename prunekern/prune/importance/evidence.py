@@ -1,0 +1,269 @@
+"""What a criterion may look at: the groups, the weights, and what calibration data tells about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from prunekern.core.graph import Graph
+from prunekern.core.rule import aten
+from prunekern.errors import InputError
+from prunekern.graph.evaluate import evaluate
+from prunekern.graph.groups import Groups
+from prunekern.graph.inputs import Call
+from prunekern.graph.labels import Labels
+from prunekern.prune.importance.calibration import Data, calls
+
+Contribution = tuple[Tensor, Tensor]
+"""(group of each entry [n], score of each entry [n], not negative; higher means more important)."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor whose slices belong to groups.
+
+    axes: axis -> group of each index [n]; [rows, n] where each of ``rows`` blocks of axis 0 has its own.
+    """
+
+    name: str
+    tensor: Tensor
+    axes: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """An activation along one of its axes with channels, over all calibration data. fp64, on the CPU.
+
+    node: what was measured; groups [n]: the group of each index; magnitude [n]: mean |x|; mean [n];
+    zeros [n]: share of exact zeros.
+    """
+
+    node: str
+    axis: int
+    groups: Tensor
+    magnitude: Tensor
+    mean: Tensor
+    zeros: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Everything a criterion may use. Gradients and activations are computed when first asked for, then kept.
+
+    batches: calibration data (``calibration.Data``); None where there is none.
+    loss:    ``loss(output, target)``, or ``loss(output)`` where batches hold no target; averaged over the
+             batch. Default: cross-entropy of class scores.
+    seed:    for criteria that draw at random.
+    """
+
+    groups: Groups
+    batches: Data | None = None
+    loss: Callable[..., Tensor] | None = None
+    seed: int = 0
+
+    @property
+    def graph(self) -> Graph:
+        return self.groups.graph
+
+    def weights(self) -> tuple[Weight, ...]:
+        """Every parameter with channels, in the order in which the graph first uses them.
+
+        Buffers are left out (statistics carry no importance), but for those that are weights of a layer.
+        """
+        return self._weights
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Name -> gradient of the mean loss over all calibration rows, of every floating-point parameter.
+
+        The module's own ``.grad`` fields are never touched. Raises InputError without data or targets.
+        """
+        return self._gradients
+
+    def activations(self) -> tuple[Statistics, ...]:
+        """Of every activation that layers read channels from, once each, in the order of the graph.
+
+        Measured where the activation function left it, before poolings and changes of shape.
+        Raises InputError without data.
+        """
+        return self._activations
+
+    # ---- how -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _weights(self) -> tuple[Weight, ...]:
+        labels = self.groups.labels
+        mixed = {name for name, _ in labels.produced} | {name for name, _ in labels.consumed}
+        axes: dict[str, dict[int, Tensor]] = {}
+        for (name, axis), groups in labels.axes.items():
+            axes.setdefault(name, {})[axis] = groups
+        used = (self.graph.fqn(arg) for node in self.graph.nodes for arg in node.all_input_nodes)
+        return tuple(
+            Weight(name, tensor.detach(), axes[name])
+            for name in dict.fromkeys(used)
+            if name in axes
+            for tensor in (self.graph.tensors[name],)
+            if isinstance(tensor, nn.Parameter) or name in mixed
+        )
+
+    @cached_property
+    def _gradients(self) -> dict[str, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            state, leaves = _differentiable(self.graph, {weight.name for weight in self._weights})
+            total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+            rows = 0
+            for number, (call, target) in enumerate(self._calls("gradients")):
+                loss = self._loss_of(state, call, target, number)
+                found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+                for name, gradient in zip(leaves, found, strict=True):
+                    if gradient is not None:
+                        total[name] += gradient * (call.batch or 1)
+                rows += call.batch or 1
+            return {name: gradient / rows for name, gradient in total.items()}
+
+    def _loss_of(self, state: Mapping[str, Tensor], call: Call, target: Any, number: int) -> Tensor:
+        if target is None and self.loss is None:
+            raise InputError(
+                "gradients need a loss, and the calibration data holds no targets; pass batches of "
+                "(inputs, target), or loss=function of the output."
+            )
+        flat = _run(self.graph, state, call, number, out_of_place=True)
+        output = pytree.tree_unflatten(flat, self.graph.out_spec)
+        try:
+            loss = (self.loss or F.cross_entropy)(output, *(() if target is None else (target,)))
+        except Exception as error:
+            name = getattr(self.loss, "__name__", type(self.loss).__name__) if self.loss else "cross-entropy"
+            raise InputError(
+                f"the loss ({name}) fails on calibration batch {number}: {type(error).__name__}: "
+                f"{error}. Pass loss=function(output, target) that fits the model's output."
+            ) from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise InputError(
+                "the loss must be one number that depends on the weights through differentiable "
+                f"operators; got {f'shape {tuple(loss.shape)}' if isinstance(loss, Tensor) else loss!r}."
+            )
+        return loss.reshape(())
+
+    @cached_property
+    def _activations(self) -> tuple[Statistics, ...]:
+        meter = _Meter(self.groups.labels)
+        for number, (call, _) in enumerate(self._calls("activations")):
+            with torch.no_grad():
+                _run(self.graph, self.graph.tensors, call, number, after=meter)
+        return meter.result()
+
+    def _calls(self, what: str) -> Iterator[tuple[Call, Any]]:
+        if self.batches is None:
+            raise InputError(
+                f"{what} need calibration data and none was given; pass some batches that the model "
+                "accepts (batches=loader, or calibrate=loader of prunekern.compress)."
+            )
+        return calls(self.graph, self.batches)
+
+
+Criterion = Callable[[Evidence], Iterable[Contribution]]
+
+
+def _run(graph: Graph, tensors: Mapping[str, Tensor], call: Call, number: int, **how: Any) -> list[Any]:
+    try:
+        return evaluate(graph, tensors, call.args, call.kwargs, **how)
+    except Exception as error:
+        raise InputError(
+            f"the network fails on calibration batch {number} ({call}): {type(error).__name__}: {error}. "
+            "Pass batches like the example inputs."
+        ) from error
+
+
+def _differentiable(graph: Graph, weights: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state with copies (sharing memory) of all parameters that collect gradients, and those copies."""
+    state = {name: tensor.detach() for name, tensor in graph.tensors.items()}
+    leaves = {
+        name: state[name].requires_grad_()
+        for name, tensor in graph.tensors.items()
+        if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or name in weights)
+    }
+    return state, leaves
+
+
+PASSED = frozenset(
+    aten(
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "mean.dim",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "view.default",
+        "reshape",
+        "flatten.using_ints",
+        "squeeze",
+        "unsqueeze",
+        "permute",
+        "transpose.int",
+        "contiguous",
+        "clone",
+        "pad",
+        "constant_pad_nd",
+    )
+)
+"""What may lie between an activation function and the layer that reads it. Averages and padding would hide
+zeros or add some, so the measurement is taken before them."""
+
+
+def _measured(labels: Labels) -> dict[fx.Node, None]:
+    """The activations that layers read channels from, each followed back to where it was computed."""
+    found: dict[fx.Node, None] = {}
+    for args in labels.masked.values():
+        for node in args:
+            while node.target in PASSED and labels.live.get(node.all_input_nodes[0]):
+                node = node.all_input_nodes[0]
+            if labels.live.get(node) and node.op == "call_function":
+                found[node] = None
+    return found
+
+
+class _Meter:
+    """A hook for ``evaluate`` that sums up activations along their axes with channels."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.sums: dict[tuple[fx.Node, int], Tensor] = {
+            (node, axis): torch.zeros(3, len(groups), dtype=torch.float64)
+            for node in _measured(labels)
+            for axis, groups in labels.live[node]
+        }
+        self.count = dict.fromkeys(self.sums, 0)
+        self.axes: dict[fx.Node, list[int]] = {}
+        for node, axis in self.sums:
+            self.axes.setdefault(node, []).append(axis)
+
+    def __call__(self, node: fx.Node, value: Any) -> None:
+        for axis in self.axes.get(node, ()):
+            others = [a for a in range(value.dim()) if a != axis]
+            parts = (value.abs(), value, (value == 0))
+            self.sums[node, axis] += torch.stack(
+                [part.sum(others, dtype=torch.float64) if others else part.double() for part in parts]
+            ).cpu()
+            self.count[node, axis] += value.numel() // value.shape[axis]
+
+    def result(self) -> tuple[Statistics, ...]:
+        order = {node: i for i, node in enumerate(self.labels.graph.nodes)}
+        return tuple(
+            Statistics(node.name, axis, dict(self.labels.live[node])[axis], *(sums / self.count[node, axis]))
+            for (node, axis), sums in sorted(
+                self.sums.items(), key=lambda item: (order[item[0][0]], item[0][1])
+            )
+        )
