@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunekern.core.rule import Registry
-from prunekern.ops import contraction, elementwise, movement, norm, spatial
+from prunekern.ops import attention, contraction, einsum, elementwise, movement, norm, recurrent, spatial
 
-FAMILIES = (contraction, norm, elementwise, spatial, movement)
+FAMILIES = (contraction, einsum, attention, recurrent, norm, elementwise, spatial, movement)
 REGISTRY = Registry(rule for family in FAMILIES for rule in family.RULES)
