@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, fx
 from torch.nn import functional
@@ -22,7 +22,7 @@ class Attention(OpRule):
     """scaled_dot_product_attention(q [..., H, L, E], k [..., H, S, E], v [..., H, S, Ev])."""
 
     matches = aten("scaled_dot_product_attention")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(functional.scaled_dot_product_attention, "attention", (2, 6, 5, 8), (2, 6, 7, 8), (2, 6, 7, 4),
                prunable=False),
         sample(grouped, "grouped-query attention", (2, 6, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), prunable=False),

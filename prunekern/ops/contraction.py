@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +27,7 @@ class Convolution(OpRule):
     matches = aten("conv1d", "conv2d", "conv3d")
     group_index = 6
     rows_axis, table_axis = 0, 1     # the axis cut into groups, and the axis that each group has of its own
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.Conv2d(6, 8, 3), ((2, 6, 7, 7),)),
         Sample(lambda: nn.Conv2d(6, 13, 3, stride=2, padding=1, bias=False), ((2, 6, 9, 8),)),
         Sample(lambda: nn.Conv2d(6, 9, (1, 3), padding="same", dilation=(1, 2)), ((2, 6, 7, 9),)),
@@ -169,7 +169,7 @@ class TransposedConvolution(Convolution):
 
     matches = aten("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
     _in_axis, _out_axis = 0, 1
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1), ((2, 6, 5, 5),)),
         Sample(lambda: nn.ConvTranspose2d(6, 5, 2, stride=2, bias=False), ((2, 6, 5, 4),)),
         Sample(lambda: nn.ConvTranspose2d(6, 4, 3, groups=2, dilation=2), ((2, 6, 5, 5),)),
@@ -200,7 +200,7 @@ class Linear(OpRule):
     """linear(x [..., I], weight [O, I], bias [O])."""
 
     matches = aten("linear")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.Linear(6, 8), ((2, 6),)),
         Sample(lambda: nn.Linear(37, 13, bias=False), ((3, 37),)),
         Sample(lambda: nn.Linear(6, 1), ((1, 6),)),
@@ -247,7 +247,7 @@ class Embedding(OpRule):
     """embedding(weight [V, D], indices): the width D is prunable, the rows are the vocabulary and stay."""
 
     matches = aten("embedding.default")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.Embedding(11, 6), ((2, 5),), prunable=False,
                draw=lambda shape: torch.randint(0, 11, shape)),
     )
@@ -277,7 +277,7 @@ class MatMul(OpRule):
     """matmul/bmm/mm/addmm of two activations: counted exactly; the channels that meet in it stay."""
 
     matches = aten("matmul", "bmm", "mm", "addmm", "baddbmm")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: Pair(torch.matmul, "matmul"), ((2, 6, 5), (2, 5, 7)), prunable=False),
         Sample(lambda: Pair(torch.matmul, "matmul of heads"), ((2, 3, 6, 5), (2, 3, 5, 1)), prunable=False),
         Sample(lambda: Pair(torch.bmm, "bmm"), ((2, 6, 13), (2, 13, 37)), prunable=False),

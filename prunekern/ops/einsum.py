@@ -17,7 +17,7 @@ class Einsum(OpRule):
     """einsum(equation, tensors)."""
 
     matches = aten("einsum.default")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x, y: torch.einsum("bij,bjk->bik", x, y), "einsum as bmm", (2, 6, 5), (2, 5, 13),
                prunable=False),
         sample(lambda x, y: torch.einsum("nchw, cd -> ndhw", x, y[0]), "einsum as 1x1 convolution",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,7 +54,7 @@ class Activation(OpRule):
         "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "isnan", "logical_not", "bitwise_not",
         "nan_to_num", "fill_", "zero_")
     free = ("dropout", "clone", "contiguous", "detach", "alias", "to.", "_to_copy", "type_as", "lift_fresh")
-    samples = tuple(
+    samples: ClassVar[tuple[Sample, ...]] = tuple(
         Sample(build, (MAP,)) for build in (
             nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
             nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid,
@@ -89,7 +89,7 @@ class PReLU(OpRule):
     """prelu(x [N, C, ...], weight [C] or [1])."""
 
     matches = aten("prelu")
-    samples = (Sample(lambda: nn.PReLU(6), (MAP,)), Sample(nn.PReLU, (MAP,)))
+    samples: ClassVar[tuple[Sample, ...]] = (Sample(lambda: nn.PReLU(6), (MAP,)), Sample(nn.PReLU, (MAP,)))
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x, weight = node.args
@@ -127,7 +127,7 @@ class Arithmetic(OpRule):
         "where.ScalarOther", "where.ScalarSelf", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv",
         "atan2", "fmod", "remainder", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "bitwise_and",
         "bitwise_or", "copy_", "clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor", "max.other", "min.other")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x, y: x + y, "x + y", MAP, MAP),
         sample(lambda x, y: x - 2 * y, "x - 2y", MAP, MAP),
         sample(lambda x, y: x * y.sigmoid(), "channel gate", MAP, (2, 6, 1, 1)),
@@ -203,7 +203,7 @@ class GLU(OpRule):
     """glu: the two halves of an axis gate each other, so their channels leave in pairs."""
 
     matches = aten("glu")
-    samples = (sample(lambda x: functional.glu(x, 1), "glu", MAP),)
+    samples: ClassVar[tuple[Sample, ...]] = (sample(lambda x: functional.glu(x, 1), "glu", MAP),)
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -225,7 +225,7 @@ class Softmax(OpRule):
     """softmax and log_softmax: channels on the normalised axis stay, others pass."""
 
     matches = aten("softmax.int", "log_softmax.int", "_softmax", "_log_softmax")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x.softmax(-1), "softmax over positions", MAP),
         sample(lambda x: x.softmax(1), "softmax over channels", MAP, prunable=False),
         sample(lambda x: x.log_softmax(1), "log_softmax over channels", MAP, prunable=False),

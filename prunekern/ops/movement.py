@@ -7,7 +7,7 @@ which positions are new (and so free to go).
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +26,7 @@ class Move(OpRule):
     matches = aten("permute", "transpose.int", "transpose_", "t", "t_", "movedim", "swapaxes", "squeeze", "squeeze_",
                    "unsqueeze", "unsqueeze_", "flatten.using_ints", "repeat_interleave.self_int", "flip", "unbind.int",
                    "pixel_shuffle", "pixel_unshuffle", "tril", "triu", "diagonal", "rot90", "numpy_T", "mT")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), "permute", MAP),
         sample(lambda x: x.flatten(1), "flatten", MAP),
         sample(lambda x: x.unsqueeze(1).squeeze(1), "unsqueeze/squeeze", MAP),
@@ -80,7 +80,7 @@ class View(Move):
     """view and reshape: the sizes in the call become the surviving ones."""
 
     matches = aten("view.default", "reshape", "_unsafe_view", "unflatten.int", "view_as", "reshape_as")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x.view(-1, 150), "hard-coded view", MAP),
         sample(lambda x: x.reshape(x.size(0), 6, 25).view(-1, 6, 5, 5), "there and back", MAP),
         sample(lambda x: x.view(2 * x.size(0) // 2, 3, 2, 5, 5).transpose(1, 2).reshape(-1, 6, 5, 5),
@@ -113,7 +113,7 @@ class Expand(OpRule):
     """expand and repeat: positions made from a single one are new, and free to go."""
 
     matches = aten("expand", "expand_as", "repeat", "tile", "broadcast_to")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x, y: x * y.expand(-1, 6, 5, 5).sigmoid(), "expanded gate", MAP, (2, 1, 5, 5)),
         sample(lambda x, y: x + y.expand_as(x), "expand_as", MAP, (2, 1, 5, 5)),
         sample(lambda x: x.repeat(1, 2, 1, 1), "repeat channels", MAP),
@@ -162,7 +162,7 @@ class Concatenate(OpRule):
     """cat and stack: label vectors are joined along the axis; along all others the operands run together."""
 
     matches = aten("cat", "concat", "stack")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x, y: torch.cat((x, y), 1), "cat channels", MAP, (2, 7, 5, 5)),
         sample(lambda x, y: torch.cat((x, y), 2), "cat rows", MAP, MAP),
         sample(lambda x: torch.cat((x, x), 1), "cat with itself", MAP),
@@ -208,7 +208,7 @@ class Split(Move):
 
     matches = aten("split.Tensor", "split.sizes", "split_with_sizes", "chunk", "tensor_split.indices",
                    "tensor_split.sections")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1), "split by sizes, swapped", MAP),
         sample(lambda x: torch.cat([a.relu() for a in x.split(4, 1)], 1), "split by size", MAP),
         sample(lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid(), "chunked gate", MAP),
@@ -240,7 +240,7 @@ class Slice(Move):
     """slice, narrow, select: positions count among what survives."""
 
     matches = aten("slice.Tensor", "narrow.default", "select.int")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x[:, :4], "first channels", MAP), sample(lambda x: x[:, 2:], "last channels", MAP),
         sample(lambda x: x[:, 1:-1].narrow(1, 1, 2), "narrow", MAP),
         sample(lambda x: x[:, :, ::2, 1:], "strided rows", MAP),
@@ -302,7 +302,7 @@ class Roll(Move):
     """roll: the shift counts what survives of the part that wraps around."""
 
     matches = aten("roll")
-    samples = (sample(lambda x: x.roll(2, 1), "roll channels", MAP), sample(lambda x: x.roll((1, -1), (2, 3)), "roll", MAP))
+    samples: ClassVar[tuple[Sample, ...]] = (sample(lambda x: x.roll(2, 1), "roll channels", MAP), sample(lambda x: x.roll((1, -1), (2, 3)), "roll", MAP))
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
         shifts, axes = list(node.args[1]), argument(node, 2, "dims", [])  # type: ignore[arg-type]
@@ -318,7 +318,7 @@ class ChannelShuffle(Move):
     """channel_shuffle(x, g): every one of the g rows keeps the same channels."""
 
     matches = aten("channel_shuffle", "native_channel_shuffle")
-    samples = (Sample(lambda: nn.ChannelShuffle(2), (MAP,)),)
+    samples: ClassVar[tuple[Sample, ...]] = (Sample(lambda: nn.ChannelShuffle(2), (MAP,)),)
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         groups: int = node.args[1]  # type: ignore[assignment]
@@ -350,7 +350,7 @@ class Creation(OpRule):
 
     matches = aten("new_zeros", "new_ones", "new_full", "new_empty") + tuple(
         getattr(torch.ops.aten, name).default for name in ("zeros", "ones", "full"))
-    samples = (sample(lambda x: torch.cat((x, x.new_zeros(x.size(0), 3, 5, 5)), 1), "cat with zeros", MAP),)
+    samples: ClassVar[tuple[Sample, ...]] = (sample(lambda x: torch.cat((x, x.new_zeros(x.size(0), 3, 5, 5)), 1), "cat with zeros", MAP),)
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         shape, dims = tape.shape(node), tape.graph.dims[node.name]

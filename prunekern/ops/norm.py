@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +25,7 @@ class BatchNorm(OpRule):
     """batch_norm(x [N, C, ...], weight, bias, running_mean, running_var): per channel, exact to prune."""
 
     matches = aten("batch_norm")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.BatchNorm2d(6), ((2, 6, 5, 5),)),
         Sample(lambda: nn.BatchNorm2d(6, affine=False), ((2, 6, 5, 5),)),
         Sample(lambda: nn.BatchNorm1d(6), ((3, 6),)),
@@ -88,7 +88,7 @@ class InstanceNorm(BatchNorm):
     """instance_norm over the positions of each channel: exact for channels, positions must stay."""
 
     matches = aten("instance_norm")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.InstanceNorm2d(6), ((2, 6, 5, 5),)),
         Sample(lambda: nn.InstanceNorm2d(6, affine=True), ((2, 6, 5, 5),)),
         Sample(lambda: nn.InstanceNorm2d(6, affine=True, track_running_stats=True), ((2, 6, 5, 5),)),
@@ -123,7 +123,7 @@ class GroupNorm(OpRule):
     """group_norm: a whole normalisation group leaves exactly; single channels do not."""
 
     matches = aten("group_norm")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.GroupNorm(3, 6), ((2, 6, 5, 5),)),
         Sample(lambda: nn.GroupNorm(6, 6, affine=False), ((2, 6, 5, 5),)),
         Sample(lambda: nn.GroupNorm(1, 6), ((2, 6, 5, 5),), prunable=False),
@@ -165,7 +165,7 @@ class LayerNorm(OpRule):
     """layer_norm and rms_norm over the last axes: the channels in those axes stay, others pass."""
 
     matches = aten("layer_norm", "rms_norm")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.LayerNorm(5), ((2, 6, 5),), name="LayerNorm over positions"),
         Sample(lambda: nn.LayerNorm((6, 5)), ((2, 6, 5),), name="LayerNorm over channels", prunable=False),
         Sample(lambda: nn.RMSNorm(5), ((2, 6, 5),), name="RMSNorm over positions"),

@@ -30,7 +30,7 @@ class Recurrent(OpRule):
     """lstm, gru, rnn with any number of layers and directions, padded (``.input``) or packed (``.data``)."""
 
     matches = aten("lstm", "gru", "rnn_tanh", "rnn_relu")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         _sample("LSTM", lambda: nn.LSTM(5, 7, batch_first=True)),
         _sample("LSTM with projection, two layers, both directions", lambda: nn.LSTM(
             5, 7, num_layers=2, bidirectional=True, proj_size=3, batch_first=True)),

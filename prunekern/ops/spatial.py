@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,7 +40,7 @@ class Pool(OpRule):
 
     matches = aten("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
                    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "lp_pool2d")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.MaxPool2d(2), (MAP,)), Sample(lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), (MAP,)),
         Sample(lambda: nn.MaxPool2d(2, 1, dilation=2), (MAP,)), Sample(lambda: nn.AvgPool2d(2), (MAP,)),
         Sample(lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), (MAP,)),
@@ -115,7 +115,7 @@ class PoolWithIndices(Pool):
 
     matches = aten("max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d_with_indices",
                    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-    samples = (Sample(lambda: nn.AdaptiveMaxPool2d(2), (MAP,)), Sample(lambda: nn.AdaptiveMaxPool1d(2), ((2, 6, 9),)))
+    samples: ClassVar[tuple[Sample, ...]] = (Sample(lambda: nn.AdaptiveMaxPool2d(2), (MAP,)), Sample(lambda: nn.AdaptiveMaxPool1d(2), ((2, 6, 9),)))
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         shape = tuple(tape.graph.shape(node)[0])  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ class Resize(OpRule):
     matches = aten("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d",
                    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
                    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.Upsample(scale_factor=2), (MAP,)),
         Sample(lambda: nn.Upsample(size=(7, 9), mode="bilinear", align_corners=False), (MAP,)),
         Sample(lambda: nn.Upsample(scale_factor=2, mode="bicubic"), (MAP,)),
@@ -182,7 +182,7 @@ class Pad(OpRule):
 
     matches = aten("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
                    "replication_pad2d", "replication_pad3d", "reflection_pad3d")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.ZeroPad2d(2), (MAP,)), Sample(lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.5), (MAP,)),
         Sample(lambda: nn.ReflectionPad2d(2), (MAP,)), Sample(lambda: nn.ReplicationPad2d(1), (MAP,)),
         Sample(lambda: nn.CircularPad2d(1), (MAP,)),
@@ -250,7 +250,7 @@ class Reduction(OpRule):
                    "std.correction", "var.dim", "std.dim", "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim",
                    "argmax", "argmin", "prod", "any", "all", "cumsum", "topk", "sort", "var_mean.correction")
     keeps_shape = ("cumsum", "sort", "topk")
-    samples = (
+    samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x.mean((2, 3)), "global average", MAP),
         sample(lambda x: x.mean((2, 3), keepdim=True), "global average, kept axes", MAP),
         sample(lambda x: x.amax((2, 3)), "global max", MAP),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,12 @@ from prunekern.graph.groups import Groups, find_groups
 from prunekern.graph.labels import frozen_report, label
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
-from prunekern.prune.importance import Evidence, score
+from prunekern.prune.importance import Criterion, score
+from prunekern.prune.importance.score import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
 from prunekern.prune.rewrite import rewrite
 from prunekern.prune.slice import choice_of, plan_of, slice_module
-from prunekern.prune.target import Choice, Target, choose, ignored
+from prunekern.prune.target import Choice, Meter, Target, choose, ignored
 from prunekern.prune.units import make_units
 
 
@@ -54,9 +55,9 @@ def groups_of(model: nn.Module, example_inputs: Any, *, allow_train: bool = Fals
 
 
 def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
-          criterion: Any = "l2", reduction: str = "mean", normalisation: str = "mean", direction: str = "minimum",
-          ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
-          calibrate: Iterable[Any] | None = None, loss: Any = None, groups: Groups | None = None,
+          criterion: str | Criterion = "l2", reduction: Reduction = "mean", normalisation: Normalisation = "mean",
+          direction: Direction = "minimum", ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
+          calibrate: Any = None, loss: Callable[..., Tensor] | None = None, groups: Groups | None = None,
           seed: int = 0) -> Pruned:
     """Shrink a network to a target and prove it equal to the masked original. The model is not modified.
 
@@ -67,7 +68,7 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
     """
-    clock = Clock()
+    clock, target = Clock(), target or Target(macs=0.5)
     if groups is None:
         with clock("trace"):
             graph = trace(model, example_inputs)
@@ -75,11 +76,11 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
             groups = find_groups(label(graph, REGISTRY))
     with clock("plan"):
         blocked = ignored(groups, list(ignore))
-        evidence = Evidence(groups, batches=calibrate, loss=loss, seed=seed)
-        scores = score(evidence, criterion, reduction=reduction, normalisation=normalisation, direction=direction)
+        scores = score(groups, criterion, reduction=reduction, normalisation=normalisation, direction=direction,
+                       batches=calibrate, loss=loss, seed=seed)
         units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
-        choice = choose(groups, units, target or Target(macs=0.5), ranking=ranking)
-    details = {"criterion": scores.criterion, "ranking": ranking, **(target or Target(macs=0.5)).to_json()}
+        choice = choose(groups, units, target, ranking=ranking)
+    details = {"criterion": scores.criterion, "ranking": ranking, **target.to_json()}
     return cut(model, groups, choice, details, notes=scores.notes, clock=clock, seed=seed)
 
 
@@ -97,7 +98,6 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan, *, groups: Gro
 def cut(model: nn.Module, groups: Groups, choice: Choice, target: Mapping[str, Any], *,
         notes: tuple[str, ...] = (), clock: Clock | None = None, seed: int = 0) -> Pruned:
     """A choice made real: plan, slice, prove."""
-    from prunekern.prune.target import Meter
     clock = clock or Clock()
     keep = choice.keep
     if not groups.families:
@@ -117,7 +117,7 @@ def cut(model: nn.Module, groups: Groups, choice: Choice, target: Mapping[str, A
     return Pruned(module, plan, proof, groups, keep, tuple(dict.fromkeys(said)), dict(clock.seconds))
 
 
-def _costs(meter: Any, keep: Tensor) -> dict[str, tuple[int, int]]:
+def _costs(meter: Meter, keep: Tensor) -> dict[str, tuple[int, int]]:
     after = meter.of(keep)
     return {name: (meter.whole[name], after[name]) for name in after}
 

@@ -38,7 +38,7 @@ def plan_of(groups: Groups, keep: Tensor, **details: Any) -> Plan:
 def _indices(alive: Tensor) -> list[Any]:
     if alive.dim() == 1:
         return alive.nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
-    return [row.nonzero()[:, 0].tolist() for row in alive if bool(row.any())]
+    return [row.nonzero()[:, 0].tolist() for row in alive]
 
 
 def _text(dims: Any) -> Any:
