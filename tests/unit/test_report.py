@@ -321,6 +321,8 @@ def test_sections_without_data_are_left_out() -> None:
     assert {"layers", "notes"} <= set(page.ids)
     assert not {"pareto", "triplets", "curves", "proof", "latency", "tables", "environment"} & set(page.ids)
     assert "Verified" not in page.text
+    links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
+    assert links == ["#layers", "#notes"]
 
 
 def test_a_failed_check_is_said_at_the_top() -> None:
@@ -368,6 +370,8 @@ def test_the_front_line_passes_through_the_front_only() -> None:
     for name, mark in marks.items():
         assert (f"{mark.x:g},{mark.y:g}" in line) is (name != "b")
         assert mark.style.split()[0] == ("off" if name == "b" else "front")
+    a, c = marks["a"], marks["c"]
+    assert line == f"M{a.x:g},{a.y:g}L{c.x:g},{a.y:g}L{c.x:g},{c.y:g}L100,{c.y:g}"
     assert [mark.shape for mark in chart.marks].count("ring") == 1
     assert marks["a"].x < marks["b"].x < marks["c"].x
     assert marks["c"].y < marks["a"].y < marks["b"].y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import io
 import itertools
@@ -60,7 +61,8 @@ def test_csv_holds_full_precision(tmp_path: Path) -> None:
 
 
 def test_hostile_names_reach_the_plots_unharmed(tmp_path: Path) -> None:
-    saved = save(hostile(sample()), tmp_path)
+    formula = LayerRow(r"$\frac$", "op", 2, 1, 2, 1, 2, 1)
+    saved = save(dataclasses.replace(hostile(sample()), layers=(formula,)), tmp_path)
     assert len(saved.files) == 8
 
 
