@@ -116,7 +116,10 @@ class Evidence:
     def _gradients(self) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
             state, leaves = _differentiable(self.graph, {weight.name for weight in self._weights})
-            total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+            total = {
+                name: torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+                for name, leaf in leaves.items()
+            }
             rows = 0
             for number, (call, target) in enumerate(self._calls("gradients")):
                 loss = self._loss_of(state, call, target, number)

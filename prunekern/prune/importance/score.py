@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,35 +95,38 @@ def score(
             "pass Evidence(groups, batches, loss, seed) alone."
         )
     raw = _reduced(evidence, name, function, reduction)
-    spare: Tensor | None = None
     values = torch.full_like(raw, torch.inf)
-    notes: list[str] = []
+    missing = [family for family in groups if bool(raw[family.groups].isnan().any())]
+    if missing:
+        spare = _reduced(evidence, "l2", l2, reduction)
+        for family in missing:  # what even l2 does not know, stays
+            raw[family.groups] = spare[family.groups].nan_to_num(torch.inf, torch.inf)
+    tied = []
     for family in groups:
         own = raw[family.groups]
-        if bool(own.isnan().any()):
-            spare = _reduced(evidence, "l2", l2, reduction) if spare is None else spare
-            own = spare[family.groups]
-            notes.append(_fallback_note(name, family, normalisation))
-        if bool(own.isnan().any()):
-            continue  # nothing is known about it: it stays
-        if len(own) > 1 and bool((own == own[0]).all()):
-            notes.append(
-                f"{name}: all {len(own)} channels of {family.name!r} score the same; "
-                "which of them go first is arbitrary"
-            )
-        scaled = NORMALISATIONS[normalisation](own)
-        values[family.groups] = -scaled if direction == "maximum" else scaled
+        if bool(own.isfinite().all()):
+            scaled = NORMALISATIONS[normalisation](own)
+            values[family.groups] = -scaled if direction == "maximum" else scaled
+            if len(own) > 1 and bool((own == own[0]).all()):
+                tied.append(family)
     values[FIXED] = torch.inf
-    return Scores(values, name, reduction, normalisation, direction, tuple(notes))
+    notes = tuple(_notes(name, missing, tied, normalisation))
+    return Scores(values, name, reduction, normalisation, direction, notes)
 
 
-def _fallback_note(name: str, family: Family, normalisation: str) -> str:
-    scale = (
-        "; its scale is another one, so set a normalisation to compare layers"
-        if normalisation == "none"
-        else ""
-    )
-    return f"{name} does not score {family.name!r} ({family.channels} channels); l2 was used there{scale}"
+def _notes(name: str, missing: list[Family], tied: list[Family], normalisation: str) -> Iterator[str]:
+    if missing:
+        tail = "; their scale is another one: set a normalisation to compare layers" * (
+            normalisation == "none"
+        )
+        yield f"{name} does not score all channels of {_listed(missing)}; l2 was used there{tail}"
+    if tied:
+        yield f"all channels score the same in {_listed(tied)}; which of them go first is arbitrary"
+
+
+def _listed(families: list[Family]) -> str:
+    more = f" and {len(families) - 8} more" if len(families) > 8 else ""
+    return ", ".join(f"{family.name!r} ({family.channels})" for family in families[:8]) + more
 
 
 def _named(criterion: str | Criterion) -> tuple[str, Criterion]:
@@ -173,12 +176,19 @@ def _reduced(evidence: Evidence, name: str, criterion: Criterion, reduction: str
             )
             + "; choose another one, e.g. 'l2'."
         )
-    return REDUCTIONS[reduction](ids, scores, count).masked_fill(~seen, torch.nan)
+    values = REDUCTIONS[reduction](ids, scores, count)
+    if bool((values.isinf() & seen).any()):
+        raise InputError(
+            f"criterion {name!r}: the {reduction} over a group's members overflows; choose reduction='mean'."
+        )
+    return values.masked_fill(~seen, torch.nan)
 
 
 def _checked(item: Contribution, name: str, evidence: Evidence) -> Contribution:
     count = evidence.groups.labels.groups
-    if not (isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, Tensor) for part in item)):
+    if not (
+        isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(part, Tensor) for part in item)
+    ):
         raise InputError(f"it yields {type(item).__name__}; yield (groups [n], scores [n]) tensors.")
     ids, scores = item[0].detach().cpu(), item[1].detach().cpu().double()
     if ids.dim() != 1 or ids.shape != scores.shape or ids.dtype != torch.long:
@@ -190,6 +200,7 @@ def _checked(item: Contribution, name: str, evidence: Evidence) -> Contribution:
         raise InputError(
             f"it yields group {int(ids.min())} or {int(ids.max())}; groups go from 0 to {count - 1}."
         )
+    ids, scores = ids[ids != FIXED], scores[ids != FIXED]
     bad = ~scores.isfinite()
     if bool(bad.any()):
         group = int(ids[bad][0])
@@ -237,14 +248,14 @@ REDUCTIONS: Mapping[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 
 
 def _divided(values: Tensor, by: Tensor) -> Tensor:
-    """A family of zeros stays one."""
+    """A family of zeros stays one; absolute values divide, so that the order never turns."""
     return values / by if float(by) else values
 
 
 NORMALISATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,
-    "mean": lambda values: _divided(values, values.mean()),
-    "max": lambda values: _divided(values, values.max()),
-    "sum": lambda values: _divided(values, values.sum()),
+    "mean": lambda values: _divided(values, values.abs().mean()),
+    "max": lambda values: _divided(values, values.abs().max()),
+    "sum": lambda values: _divided(values, values.abs().sum()),
     "gauss": lambda values: _divided(values - values.mean(), values.std(correction=0)),
 }
