@@ -323,6 +323,11 @@ def test_sections_without_data_are_left_out() -> None:
     assert "Verified" not in page.text
     links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
     assert links == ["#layers", "#notes"]
+    least = Page(html.render(Report("x", notes=("one note",), command="prunekern")))
+    assert [value for tag, name, value in least.attributes if (tag, name) == ("a", "href")] == [
+        "#notes",
+        "#environment",
+    ]
 
 
 def test_a_failed_check_is_said_at_the_top() -> None:
