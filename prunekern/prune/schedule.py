@@ -1,0 +1,174 @@
+"""Pruning in steps with training in between, written down after every step so that a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import nn
+
+from prunekern.core.files import write_bytes, write_text
+from prunekern.core.plan import Plan
+from prunekern.errors import ArtefactError, TargetError
+from prunekern.graph.groups import Groups
+from prunekern.prune.compose import compose
+from prunekern.prune.oneshot import Pruned, prune
+from prunekern.prune.prove import Proof
+from prunekern.prune.rebuild import check_structure, rebuild
+from prunekern.prune.target import Target
+
+VERSION = 1
+Between = Callable[[nn.Module, int], Mapping[str, Any]]
+"""Called with the freshly pruned module (to be trained in place) and the step's number; what it returns
+(accuracies, losses) goes into the step's record."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pruning step: what it was to leave (of the original), what it left, its proof, and what was measured
+    on the module before training ('before'), and after ('after')."""
+
+    number: int
+    shares: Mapping[str, float]
+    costs: Mapping[str, tuple[int, int]]
+    proof: Proof
+    measured: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Step:
+        proof = {**data["proof"], "blunt": tuple(data["proof"]["blunt"]), "notes": tuple(data["proof"]["notes"])}
+        return cls(data["number"], data["shares"], {k: (v[0], v[1]) for k, v in data["costs"].items()},
+                   Proof(**proof), data["measured"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The network after the last step; ``plan`` is relative to the original."""
+
+    model: nn.Module
+    plan: Plan
+    steps: tuple[Step, ...]
+    notes: tuple[str, ...]
+
+
+def run(model: nn.Module, groups: Groups, target: Target, *, steps: int = 1, between: Between | None = None,
+        checkpoint: str | Path | None = None, tell: Callable[[str], None] = lambda _: None, **options: Any) -> Outcome:
+    """Prune in ``steps`` equal ratios down to the target, training in between.
+
+    groups: of ``model``, which is not modified. options: those of ``prune``. checkpoint: a folder; the same
+    call continues from it after a kill at any moment. tell: called with a line per stage, for progress.
+    Raises TargetError (steps with a target that has no share), ArtefactError (a checkpoint of another run),
+    and what ``prune`` raises.
+    """
+    if steps < 1:
+        raise TargetError(f"steps={steps} must be at least 1.")
+    if steps > 1 and not target.shares:
+        raise TargetError("several steps need a target with shares (macs=, params=, bytes=); use steps=1.")
+    store = _Store(Path(checkpoint), _identity(model, groups, target, steps, options)) if checkpoint else None
+    state = store.read(model, groups) if store else None
+    current, plan, done, notes, tuned = state or (model, None, [], (), True)
+    for number in range(len(done) + (1 if tuned else 0), steps + 1):
+        if tuned or number > len(done):
+            tell(f"step {number}/{steps}: prune")
+            pruned = _next(current, groups, target, done, number, steps, options)
+            plan = pruned.plan if plan is None else compose(groups, plan, pruned.plan)
+            current, notes = pruned.model, tuple(dict.fromkeys((*notes, *pruned.notes)))
+            shares = _wanted(target, number, steps)
+            costs = {what: (before, pruned.plan.costs[what][1]) for what, before in _original(done, pruned).items()}
+            done = [*done, Step(number, shares, costs, pruned.proof, {})]
+            if store:
+                store.write(current, plan, done, notes, tuned=between is None)
+        if between is not None:
+            tell(f"step {number}/{steps}: train")
+            done = [*done[:-1], Step(**{**vars(done[-1]), "measured": dict(between(current, number))})]
+            if store:
+                assert plan is not None
+                store.write(current, plan, done, notes, tuned=True)
+        tuned = True
+    assert plan is not None
+    plan = plan.edited(target={**plan.target, **target.to_json(), "steps": steps})
+    check_structure(current, groups, plan)
+    return Outcome(current, plan, tuple(done), notes)
+
+
+def _wanted(target: Target, number: int, steps: int) -> dict[str, float]:
+    """Shares of the original after a step: equal ratios from 1 to the target."""
+    return {name: share ** (number / steps) for name, share in target.shares.items()}
+
+
+def _next(current: nn.Module, groups: Groups, target: Target, done: list[Step], number: int, steps: int,
+          options: Mapping[str, Any]) -> Pruned:
+    example = groups.graph.args, groups.graph.kwargs
+    inputs: Any = example[0] if not example[1] else dict(example[1]) if not example[0] else None
+    from prunekern.graph.inputs import Call
+    call = Call(*example) if inputs is None else inputs
+    if not done:
+        first = Target(**{**target.to_json(), **_wanted(target, number, steps)}) if steps > 1 else target
+        return prune(current, call, first, groups=groups, **options)
+    last = done[-1].costs
+    left = {name: min(1.0, share * last[name][0] / max(last[name][1], 1))
+            for name, share in _wanted(target, number, steps).items()}
+    return prune(current, call, Target(**left), **options)
+
+
+def _original(done: list[Step], pruned: Pruned) -> dict[str, int]:
+    costs = done[0].costs if done else pruned.plan.costs
+    return {what: ends[0] for what, ends in costs.items()}
+
+
+def _identity(model: nn.Module, groups: Groups, target: Target, steps: int, options: Mapping[str, Any]) -> str:
+    """What a checkpoint must have been made from: the same graph, weights and settings."""
+    digest = hashlib.sha256(groups.fingerprint().encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(-1).numpy().tobytes()
+                      if tensor.dtype.is_floating_point and tensor.element_size() > 2 else repr(tensor).encode())
+    plain = {name: value if isinstance(value, (str, int, float, bool, tuple, list, type(None))) else
+             getattr(value, "__qualname__", type(value).__name__) for name, value in options.items()}
+    digest.update(json.dumps([target.to_json(), steps, plain], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+class _Store:
+    """The checkpoint folder: weights first, then the small file that points to them."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+
+    def write(self, model: nn.Module, plan: Plan, done: list[Step], notes: tuple[str, ...], tuned: bool) -> None:
+        name = f"weights-{len(done)}-{'tuned' if tuned else 'pruned'}.safetensors"
+        data = save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()})
+        write_bytes(self.folder / name, data)
+        write_text(self.folder / "state.json", json.dumps({
+            "format": "prunekern-schedule", "version": VERSION, "identity": self.identity, "weights": name,
+            "sha256": hashlib.sha256(data).hexdigest(), "tuned": tuned, "plan": plan.to_json(),
+            "steps": [step.to_json() for step in done], "notes": list(notes)}, default=str))
+        for old in self.folder.glob("weights-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def read(self, model: nn.Module, groups: Groups) -> Any:
+        path = self.folder / "state.json"
+        if not path.exists():
+            return None
+        try:
+            data = json.loads(path.read_text())
+            weights = (self.folder / data["weights"]).read_bytes()
+            if data["version"] != VERSION or hashlib.sha256(weights).hexdigest() != data["sha256"]:
+                raise ValueError("its weights do not match, or it is of another version")
+            done = [Step.from_json(step) for step in data["steps"]]
+            plan = Plan.from_json(data["plan"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{path} is damaged ({error}); delete the folder to start again.") from error
+        if data["identity"] != self.identity:
+            raise ArtefactError(f"{self.folder} is the checkpoint of another run (other model, weights or settings); "
+                                "choose another folder, or delete it to start again.")
+        module = rebuild(model, groups, plan, done[-1].proof.form, load(weights))
+        return module, plan, done, tuple(data["notes"]), data["tuned"]
