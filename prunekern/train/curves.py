@@ -44,6 +44,7 @@ def plot_history(history: History, path: str | os.PathLike[str]) -> Path:
         panel.set(title=title, xlabel="epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.25)
-        panel.legend(frameon=False)
+        if panel.lines:
+            panel.legend(frameon=False)
     canvas = FigureCanvasAgg(figure)
     return write_atomically(path, canvas.print_png)
