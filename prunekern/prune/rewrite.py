@@ -22,9 +22,21 @@ aten = torch.ops.aten
 ORIGIN = "prunekern_origin"      # node.meta key: name of the traced node it stands for
 
 
+class _Structure(_PyTreeCodeGen):
+    """How inputs and outputs nest. Immutable, so copies of a module share it (copying the specs warns)."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Structure:
+        return self
+
+
 class PrunedModule(fx.GraphModule):
     """A network rebuilt from its trace, with the sizes that survived. Ordinary in every respect but its class:
     the original's own methods, hooks and branches not taken on the example inputs are gone."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        for spec in (self._in_spec, self._out_spec):      # immutable; copying them warns
+            memo[id(spec)] = spec
+        return super().__deepcopy__(memo)
 
 
 class FunctionalBatchNorm(nn.Module):
@@ -101,7 +113,7 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
             env[node] = _emit(node, new, root, env, sizes, leaves, modules, registry)
             env[node].meta[ORIGIN] = node.name
     _order_like(root, modules)
-    new.set_codegen(_PyTreeCodeGen(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
+    new.set_codegen(_Structure(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
     module = PrunedModule(root, new, class_name="PrunedModule")
     module.train(modules.training)
     for path, child in modules.named_modules():      # every part keeps its own train/eval flag

@@ -20,7 +20,7 @@ from prunekern.prune.compose import compose
 from prunekern.prune.oneshot import Pruned, prune
 from prunekern.prune.prove import Proof
 from prunekern.prune.rebuild import check_structure, rebuild
-from prunekern.prune.target import Target
+from prunekern.prune.target import GAP, Target
 
 VERSION = 1
 Between = Callable[[nn.Module, int], Mapping[str, Any]]
@@ -80,7 +80,8 @@ def run(model: nn.Module, groups: Groups, target: Target, *, steps: int = 1, bet
             tell(f"step {number}/{steps}: prune")
             pruned = _next(current, groups, target, done, number, steps, options)
             plan = pruned.plan if plan is None else compose(groups, plan, pruned.plan)
-            current, notes = pruned.model, tuple(dict.fromkeys((*notes, *pruned.notes)))
+            said = (note for note in pruned.notes if number == steps or not note.startswith(GAP))
+            current, notes = pruned.model, tuple(dict.fromkeys((*notes, *said)))
             shares = _wanted(target, number, steps)
             costs = {what: (before, pruned.plan.costs[what][1]) for what, before in _original(done, pruned).items()}
             done = [*done, Step(number, shares, costs, pruned.proof, {})]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,6 +17,7 @@ from prunekern.prune.slice import predicted
 from prunekern.prune.units import Units
 
 SHARES = ("macs", "params", "bytes")
+GAP = "the nearest network below"
 REFILL = 64       # how many removed units are tried back in once the target is met
 
 
@@ -190,7 +191,7 @@ def _gap(meter: Meter, keep: Tensor, units: Units, chosen: Tensor, taken: Tensor
     name = min(gaps, key=gaps.__getitem__)
     if gaps[name] <= 0.01:
         return []
-    return [f"the nearest network below {name}={shares[name]} has {found[name] / meter.whole[name]:.3f}: "
+    return [f"{GAP} {name}={shares[name]} has {found[name] / meter.whole[name]:.3f}: "
             "one group more would exceed the target"]
 
 
@@ -229,5 +230,3 @@ def _result(meter: Meter, keep: Tensor, notes: tuple[str, ...]) -> Choice:
     after = meter.of(keep)
     return Choice(keep, {name: (meter.whole[name], after[name]) for name in SHARES}, notes)
 
-
-Evaluator = Callable[[Any], float]
