@@ -387,7 +387,7 @@ def test_a_flattened_channel_is_one_contribution() -> None:
     pairs = [
         pair
         for pair in CRITERIA["l2"](Evidence(groups))
-        if bool(torch.isin(pair[0], groups.families[1].groups).all())
+        if len(pair[0]) and bool(torch.isin(pair[0], groups.families[1].groups).all())
     ]
     assert [len(ids) for ids, _ in pairs] == [10] * 5  # weight, bias, gamma, beta, and the columns of fc1
     want = model.fc1.weight.detach().unflatten(1, (10, 16)).square().sum((0, 2)).sqrt()
@@ -745,7 +745,7 @@ def test_evidence_is_computed_once() -> None:
 @pytest.mark.parametrize("name", ["taylor", "activation", "apoz"])
 def test_data_is_asked_for(name: str) -> None:
     groups = grouped(lively(Planted()))
-    with pytest.raises(InputError, match=f"criterion '{name}': .* calibration data .* batches=loader"):
+    with pytest.raises(InputError, match=f"criterion '{name}': .* calibration data .*batches=loader"):
         score(groups, name)
 
 
@@ -796,7 +796,7 @@ def test_a_loss_without_gradient_is_told(loss: Any) -> None:
 
 def test_unknown_names_list_the_known() -> None:
     groups = grouped(lively(Planted()))
-    with pytest.raises(UnknownName, match=r"unknown criterion 'magnitude'; known: activation, apoz, .*taylor"):
+    with pytest.raises(UnknownName, match=r"unknown criterion 'magnitude'; known: activation, .*taylor"):
         score(groups, "magnitude")
     for kind in ("reduction", "normalisation", "direction"):
         with pytest.raises(UnknownName, match=f"unknown {kind} 'median'; known: .*m"):
@@ -829,7 +829,7 @@ def test_overflow_of_a_product_is_told() -> None:
     ):
         score(
             grouped(lively(Planted())),
-            lambda e: [(f.groups, torch.full((f.channels,), 1e200, dtype=torch.float64)) for f in e.groups] * 2,
+            lambda e: [(f.groups, torch.ones(f.channels).double() * 1e200) for f in e.groups] * 2,
             reduction="prod",
         )
 
