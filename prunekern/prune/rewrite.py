@@ -22,10 +22,10 @@ aten = torch.ops.aten
 ORIGIN = "prunekern_origin"      # node.meta key: name of the traced node it stands for
 
 
-class _Structure(_PyTreeCodeGen):
+class Structure(_PyTreeCodeGen):
     """How inputs and outputs nest. Immutable, so copies of a module share it (copying the specs warns)."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Structure:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
         return self
 
 
@@ -83,14 +83,16 @@ def _known(dims: Any) -> Any:
     return tuple(None if dim.scale else dim.offset for dim in dims)
 
 
-def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry) -> PrunedModule:
+def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry, *,
+            layers: bool = True) -> PrunedModule:
     """Build the module. modules: the sliced copy of the user's module; its tensors and its torch.nn layers (where
-    a layer is one call of the graph) become part of the new one, not copies of them."""
+    a layer is one call of the graph) become part of the new one, not copies of them. layers=False: operators
+    only, which is the form that can be written down as data (``prunekern.prune.portable``)."""
     graph = labels.graph
     state = {**graph.tensors, **dict(modules.named_buffers()), **dict(modules.named_parameters())}
     root = nn.Module()
     root.training = modules.training
-    leaves = _leaf_calls(graph, modules)
+    leaves = _leaf_calls(graph, modules) if layers else {}
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     sizes = NewSizes(labels, keep)
@@ -113,7 +115,7 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
             env[node] = _emit(node, new, root, env, sizes, leaves, modules, registry)
             env[node].meta[ORIGIN] = node.name
     _order_like(root, modules)
-    new.set_codegen(_Structure(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
+    new.set_codegen(Structure(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
     module = PrunedModule(root, new, class_name="PrunedModule")
     module.train(modules.training)
     for path, child in modules.named_modules():      # every part keeps its own train/eval flag

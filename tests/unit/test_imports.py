@@ -1,8 +1,9 @@
 """Imports point one way, the package imports with the core dependencies alone, and files stay short.
 
 The order, lowest first; a module may import what is lower, and its own package:
-errors <- core, kernels <- ops <- graph <- cost <- prune <- lower <- backends <- data
-<- search, train, analysis <- result <- api <- report <- recipes <- cli.
+errors <- core, kernels <- ops <- graph <- cost <- prune <- lower <- backends <- data, report
+<- search, train, analysis <- result <- api <- recipes <- cli.
+The report layer draws plain data that it is given, so it lies low: results carry a report.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ LAYERS = (
     ("prune",),
     ("lower",),
     ("backends",),
-    ("data",),
+    ("data", "report"),
     ("search", "train", "analysis"),
     ("result",),
     ("api",),
-    ("report",),
     ("recipes",),
     ("cli", "__main__"),
 )
