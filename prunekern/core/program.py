@@ -12,7 +12,7 @@ Operators that every backend implements (slots hold logical shapes, channels on 
 | `scale`          | axis: y = x * scale + shift along it                          | scale, shift: [n] or [1]    |
 | `activation`     | (in the epilogue)                                             |                             |
 | `binary`         | kind: add, sub, mul, div, maximum, minimum (broadcasting)     |                             |
-| `pool`           | kind: max, avg; kernel, stride, padding, dilation, count_include_pad, divisor |             |
+| `pool`           | kind: max, avg; kernel, stride, padding, dilation, ceil, count_include_pad, divisor |       |
 | `adaptive_pool`  | kind: avg, max; size                                          |                             |
 | `reduce`         | kind: mean, sum, amax, amin; axes, keepdim                    |                             |
 | `pad`            | amounts [[low, high]...] per axis, mode, value                |                             |
@@ -24,10 +24,11 @@ Operators that every backend implements (slots hold logical shapes, channels on 
 | `rms_norm`       | axes, eps                                                     | weight (optional)           |
 | `group_norm`     | groups, eps                                                   | weight, bias (optional)     |
 | `embedding`      |                                                               | weight [V, D]               |
+| `prelu`          | axis                                                          | slope [n]                   |
 | `constant`       | the slot holds a weight                                       | value                       |
 | `aten`           | target, args, kwargs: any other operator, by name             | as the arguments name them  |
 
-Every op but `move`, `cat`, `constant` and `aten` may carry an Epilogue, applied to its one output.
+The first three may carry any Epilogue; `matmul`, `scale`, `binary` and `activation` an activation only.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ from prunekern.core.graph import Dim, Shape
 from prunekern.errors import LoweringError
 
 GEMMS = ("conv", "conv_transpose", "linear")
-ONE_OUTPUT = (*GEMMS, "matmul", "scale", "activation", "binary", "pool", "adaptive_pool", "reduce", "pad", "resize",
-              "softmax", "layer_norm", "rms_norm", "group_norm", "embedding")
-OPS = frozenset((*ONE_OUTPUT, "cat", "move", "constant", "aten"))
+ACTIVATED = (*GEMMS, "matmul", "scale", "binary", "activation")
+OPS = frozenset((*ACTIVATED, "pool", "adaptive_pool", "reduce", "pad", "resize", "cat", "move", "softmax", "layer_norm",
+                 "rms_norm", "group_norm", "embedding", "prelu", "constant", "aten"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Program:
     outputs: one per leaf of the result: a Slot, a Dim (a size) or a constant.
     in_spec, out_spec: pytree structure of ``(args, kwargs)`` and of the result.
     parameters: names of the forward's positional parameters, to accept arguments by keyword or position.
-    kept:    slot -> the channels (axis 1) of the traced tensor that are left in it; absent where all are.
+    kept:    slot -> (axis, the indices of the traced tensor that are left along it); absent where all are.
     batch:   the one batch size the Program holds for; None where it is free.
     """
 
@@ -164,7 +165,7 @@ class Program:
     in_spec: Any
     out_spec: Any
     parameters: tuple[str, ...] = ()
-    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     batch: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -203,14 +204,20 @@ class Program:
         program.check()
         return program
 
+    def owned(self) -> Program:
+        """With weights that share no memory with anybody's."""
+        return replace(self, weights={name: tensor.detach().clone(memory_format=torch.contiguous_format)
+                                      for name, tensor in self.weights.items()})
+
     def check(self) -> None:
         """Every Step reads what is there, and writes what nobody has written. Raises LoweringError naming it."""
         known = {slot.name: slot for slot in self.input_slots}
         for step in self.steps:
             if step.op not in OPS:
                 raise _broken(step, f"no such op {step.op!r}")
-            if step.epilogue and step.op not in ONE_OUTPUT:
-                raise _broken(step, f"{step.op} cannot carry an epilogue")
+            if step.epilogue and step.op not in GEMMS and (
+                    step.op not in ACTIVATED or step.epilogue != Epilogue(activation=step.epilogue.activation)):
+                raise _broken(step, f"carries an epilogue ({step.epilogue}) that {step.op} cannot have")
             for slot in step.reads:
                 if known.get(slot.name) != slot:
                     raise _broken(step, f"reads {slot}, which is {known.get(slot.name, 'not there yet')}")

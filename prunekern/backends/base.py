@@ -1,0 +1,105 @@
+"""What a backend is, and how one is chosen. Backends see tensors and Steps, never the traced graph.
+
+A new backend is one module with a class of this shape and one line in ``backends/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prunekern.core.graph import Shape
+from prunekern.core.program import Program, Step
+from prunekern.errors import BackendUnavailable, unknown
+from prunekern.lower.arena import Arena
+
+log = logging.getLogger("prunekern")
+
+Observe = Callable[[Step, tuple[Tensor, ...], float], None]      # a step, its outputs, its seconds
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a Placement is made for: the shapes of the Program's input slots, and where they are."""
+
+    shapes: tuple[Shape, ...]
+    batch: int
+    device: torch.device
+
+
+class Placement(Protocol):
+    """A Program laid out for one Signature, ready to run.
+
+    algorithms: step name -> the algorithm it runs by.
+    arena:      where the values live.
+    """
+
+    program: Program
+    signature: Signature
+    algorithms: Mapping[str, str]
+    arena: Arena
+
+    def run(self, inputs: Sequence[Tensor], observe: Observe | None = None) -> list[Tensor]:
+        """The values of ``program.output_slots``, freshly allocated; ``inputs`` are only read.
+
+        observe: called after every step with its outputs (in torch's shape and order; valid during the call
+        only) and its time; the device is synchronised around each step then.
+        """
+
+
+class Backend(Protocol):
+    """Makes Placements. ``devices`` are the device types it runs on."""
+
+    name: str
+    devices: tuple[str, ...]
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here, or None."""
+
+    def place(self, program: Program, signature: Signature) -> Placement:
+        """Lay a Program out. Raises LoweringError naming a step that it cannot run."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and why it is the one."""
+
+    backend: Backend
+    reason: str
+
+
+def choose(name: str, known: Sequence[Backend], device: str) -> Choice:
+    """The backend of that name, or for ``auto`` the first of ``known`` (best first) that runs on the device.
+
+    Raises UnknownName, and BackendUnavailable where the named one cannot run here.
+    """
+    by_name = {backend.name: backend for backend in known}
+    if name == "auto":
+        passed = []
+        for backend in known:
+            reason = _cannot(backend, device)
+            if reason is None:
+                why = "; ".join(passed) or "it is the first choice"
+                log.info("backend %s on %s: %s", backend.name, device, why)
+                return Choice(backend, why)
+            passed.append(f"{backend.name}: {reason}")
+        raise BackendUnavailable(f"no backend runs on {device}: {'; '.join(passed)}.")
+    if name not in by_name:
+        raise unknown("backend", name, ["auto", *by_name])
+    reason = _cannot(by_name[name], device)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {name!r} cannot run here: {reason}. Use backend=\"auto\" for the best "
+                                 "that can.")
+    return Choice(by_name[name], "asked for by name")
+
+
+def _cannot(backend: Backend, device: str) -> str | None:
+    reason = backend.unavailable()
+    if reason is None and device not in backend.devices:
+        reason = f"it runs on {' and '.join(backend.devices)}, not on {device}"
+    return reason

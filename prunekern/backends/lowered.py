@@ -1,0 +1,207 @@
+"""A lowered network: a Program on a backend, called like the model it came from."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from prunekern.backends.base import Choice, Placement, Signature
+from prunekern.backends.explain import Explanation, explain
+from prunekern.backends.known import select
+from prunekern.backends.verify import Verification, verify_graph
+from prunekern.core.graph import Dim, Graph, at
+from prunekern.core.program import Program, Slot
+from prunekern.core.storage import load_program, save_program, to_json
+from prunekern.errors import InputError
+from prunekern.graph.trace import trace
+from prunekern.lower.build import build
+from prunekern.lower.passes import optimise
+
+PLACEMENTS = 8      # kept per network; the least recently used one goes
+
+
+class Lowered:
+    """Call it like the model: same arguments, same structure of outputs. Gradients do not flow through it.
+
+    program:  what is computed; ``backend``: who runs it, and ``reason`` why; ``verification``: how it was held
+    to the model, or None.
+    Placements (memory and packed weights for one shape of inputs) are made on first use and kept.
+    """
+
+    def __init__(self, program: Program, backend: str = "auto", verification: Verification | None = None) -> None:
+        self.program = program
+        self.asked = backend
+        self.verification = verification
+        self._choice: dict[str, Choice] = {}
+        self._placements: dict[Signature, Placement] = {}
+        self._lock = threading.Lock()
+        if backend != "auto":
+            select(backend)
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output. Raises InputError where arguments do not have the structure, dtype or shapes of the
+        example (the batch is free unless ``program.batch`` says otherwise)."""
+        tensors, signature = self._bind(args, kwargs)
+        outputs = iter(self.placement(signature).run(tensors))
+        leaves = [next(outputs) if isinstance(leaf, Slot) else at(leaf, signature.batch)
+                  for leaf in self.program.outputs]
+        return pytree.tree_unflatten(leaves, self.program.out_spec)
+
+    def placement(self, signature: Signature) -> Placement:
+        """The Placement for these shapes; made once."""
+        with self._lock:
+            found = self._placements.pop(signature, None)
+            if found is None:
+                found = self.choice(signature.device.type).backend.place(self.program, signature)
+                while len(self._placements) >= PLACEMENTS:
+                    del self._placements[next(iter(self._placements))]
+            self._placements[signature] = found
+            return found
+
+    def choice(self, device: str = "cpu") -> Choice:
+        """Which backend runs on a device type, and why."""
+        if device not in self._choice:
+            self._choice[device] = select(self.asked, device)
+        return self._choice[device]
+
+    @property
+    def backend(self) -> str:
+        return self.choice(self._device()).backend.name
+
+    @property
+    def reason(self) -> str:
+        return self.choice(self._device()).reason
+
+    def _device(self) -> str:
+        last = next(reversed(self._placements), None)
+        return "cpu" if last is None else last.device.type
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Signature]:
+        program = self.program
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec != program.in_spec:
+            leaves = self._rebind(args, kwargs)
+        tensors: list[Tensor] = []
+        for leaf, wanted in zip(leaves, program.inputs, strict=True):
+            if isinstance(wanted, Slot):
+                tensors.append(_checked(leaf, wanted))
+            elif leaf != (wanted.at(0) if isinstance(wanted, Dim) else wanted):
+                raise InputError(f"an argument is {leaf!r}, the network was lowered for {wanted}; lower it again with "
+                                 "this value in the example inputs.")
+        return tensors, self._signature(tensors)
+
+    def _rebind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Arguments passed by keyword instead of position, or in another order."""
+        names = self.program.parameters
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        empty_args, empty_kwargs = pytree.tree_unflatten([0] * len(self.program.inputs), self.program.in_spec)
+        wanted = [*names[:len(empty_args)], *empty_kwargs]
+        if len(args) <= len(names) and set(given) == set(wanted):
+            leaves, spec = pytree.tree_flatten((tuple(given[n] for n in names[:len(empty_args)]),
+                                                {n: given[n] for n in empty_kwargs}))
+            if spec == self.program.in_spec:
+                return leaves
+        raise InputError(f"arguments have another structure than the example inputs ({', '.join(wanted)}); pass them "
+                         "as there, or lower the model again with example inputs of the new structure.")
+
+    def _signature(self, tensors: Sequence[Tensor]) -> Signature:
+        program, batch = self.program, self.program.batch
+        for slot, tensor in zip(program.input_slots, tensors, strict=True):
+            for dim, size in zip(slot.shape, tensor.shape, strict=True):
+                if dim.scale and batch is None and (size - dim.offset) % dim.scale == 0:
+                    batch = (size - dim.offset) // dim.scale
+        batch = 1 if batch is None else batch
+        for slot, tensor in zip(program.input_slots, tensors, strict=True):
+            if tuple(tensor.shape) != slot.at(batch):
+                free = "the batch is free" if program.batch is None else f"the trace fixed the batch at {program.batch}"
+                raise InputError(f"input {slot.name!r} is {list(tensor.shape)}, expected "
+                                 f"[{', '.join(map(str, slot.shape))}] ({free}); lower the model again with example "
+                                 "inputs of this shape.")
+        if batch < 1:
+            raise InputError("the batch is empty; pass at least one sample.")
+        devices = {tensor.device for tensor in tensors}
+        if len(devices) > 1:
+            raise InputError(f"inputs are on {sorted(map(str, devices))}; move them to one device.")
+        device = next(iter(devices), torch.device("cpu"))
+        return Signature(tuple(tuple(t.shape) for t in tensors), batch, device)
+
+    # ---- looking -------------------------------------------------------------------------------------------
+
+    def explain(self, *args: Any, time: bool = False, **kwargs: Any) -> Explanation:
+        """One row per step at the shape of these inputs: op, M x N x K, algorithm, MACs, bytes, epilogue; with
+        ``time=True`` also the measured time and its share of this machine's roofline."""
+        tensors, signature = self._bind(args, kwargs)
+        return explain(self.placement(signature), tensors, measure=time)
+
+    def verify(self, model: nn.Module | Graph, *args: Any, **kwargs: Any) -> Verification:
+        """Hold this network to a model on these inputs, per step and end to end. Raises LoweringError naming the
+        first step that misses its tolerance (``lower/tolerance.py``)."""
+        graph = model if isinstance(model, Graph) else trace(model, pair(args, kwargs))
+        return verify_graph(self, graph, args, kwargs, None if isinstance(model, Graph) else model)
+
+    def __str__(self) -> str:
+        return f"Lowered on {self.asked}: {self.program}"
+
+    # ---- keeping -------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """The Program without its weights' values, JSON-able."""
+        return to_json(self.program)
+
+    def save(self, folder: str | Path) -> None:
+        """``program.json`` and its weights as safetensors, each written atomically. Raises ArtefactError."""
+        save_program(self.program, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, backend: str = "auto") -> Lowered:
+        """A saved network. Raises ArtefactError where the files are truncated, altered or of another version."""
+        return cls(load_program(Path(folder)), backend)
+
+
+def _checked(leaf: Any, slot: Slot) -> Tensor:
+    if not isinstance(leaf, Tensor):
+        raise InputError(f"input {slot.name!r} is a {type(leaf).__name__}, expected a tensor [{slot}].")
+    if leaf.dtype != slot.dtype:
+        raise InputError(f"input {slot.name!r} is {leaf.dtype}, the network computes in {slot.dtype}; convert it with "
+                         f".to({slot.dtype}), or lower the model in the dtype you want.")
+    if leaf.dim() != len(slot.shape):
+        raise InputError(f"input {slot.name!r} has {leaf.dim()} axes, expected {slot}.")
+    return leaf
+
+
+def pair(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Arguments of a call as ``trace`` takes example inputs."""
+    from prunekern.graph.inputs import Call
+    return Call(args, kwargs)
+
+
+def lower(model: nn.Module | Graph, example_inputs: Any = None, *, backend: str = "auto", verify: bool = True,
+          fuse: bool = True) -> Lowered:
+    """Turn a trained network into planned GEMMs on a backend, and hold the result to the model.
+
+    model: an nn.Module in eval mode (never modified), or a Graph of it. example_inputs: as for ``trace``; the
+    batch size is free at run time wherever the forward allows it.
+    verify: compare with the model on the example inputs and on randomised ones, per step and end to end.
+    fuse: fold constants, fuse epilogues and drop dead channels; False keeps one Step per operator.
+
+    Raises what ``trace`` raises, LoweringError (no pure form; tolerance missed), UnknownName and
+    BackendUnavailable.
+    """
+    graph = model if isinstance(model, Graph) else trace(model, example_inputs)
+    module = None if isinstance(model, Graph) else model
+    parameters = tuple(inspect.signature(module.forward).parameters) if module is not None else ()
+    program = build(graph, parameters)
+    lowered = Lowered((optimise(program) if fuse else program).owned(), backend)
+    if verify:
+        from prunekern.backends.verify import verify_examples
+        lowered.verification = verify_examples(lowered, graph, module)
+    return lowered

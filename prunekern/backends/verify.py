@@ -1,0 +1,212 @@
+"""Hold a lowered network to the model it came from, per step and end to end, in fp64 terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from prunekern.core.graph import Graph
+from prunekern.core.program import Slot, Step
+from prunekern.errors import LoweringError
+from prunekern.graph.evaluate import evaluate
+from prunekern.graph.inputs import Call
+from prunekern.lower.tolerance import FLOOR, error, limit
+
+if TYPE_CHECKING:
+    from prunekern.backends.lowered import Lowered
+
+
+@dataclass(frozen=True)
+class Check:
+    """One value held to fp64: a step's output, or an output of the network (``step`` is then '')."""
+
+    name: str
+    step: str
+    error: float
+    torch_error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, on which inputs. Errors are ``max|y - y64| / max|y64|``."""
+
+    cases: tuple[str, ...]
+    steps: tuple[Check, ...]
+    outputs: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def error(self) -> float:
+        """The largest error of an output."""
+        return max((check.error for check in self.outputs), default=0.0)
+
+    @property
+    def torch_error(self) -> float:
+        """torch's own largest error of an output."""
+        return max((check.torch_error for check in self.outputs), default=0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"cases": list(self.cases), "notes": list(self.notes), "error": self.error,
+                "torch_error": self.torch_error,
+                **{key: [vars(check) for check in getattr(self, key)] for key in ("steps", "outputs")}}
+
+    def __str__(self) -> str:
+        return (f"verified on {', '.join(self.cases)}: {len(self.outputs)} outputs, {len(self.steps)} step values; "
+                f"largest output error {self.error:.1e} (torch's own {self.torch_error:.1e})"
+                + "".join(f"; {note}" for note in self.notes))
+
+
+def verify_examples(lowered: Lowered, graph: Graph, model: nn.Module | None) -> Verification:
+    """On the example inputs, and on random ones of the same spread (at another batch size where it is free)."""
+    example = Call(graph.args, graph.kwargs)
+    generator = torch.Generator().manual_seed(0)
+    drawn = example.map(lambda tensor: _random_like(tensor, generator))
+    if graph.free_batch:
+        drawn = drawn.resized(3)
+    cases = {"the example inputs": example, "random inputs": drawn}
+    found = [verify_graph(lowered, graph, call.args, call.kwargs, model, name) for name, call in cases.items()]
+    return Verification(tuple(cases), *(tuple(c for v in found for c in getattr(v, key)) for key in ("steps", "outputs")),
+                        tuple(dict.fromkeys(note for v in found for note in v.notes)))
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.numel():
+        return tensor
+    if tensor.is_floating_point():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+        spread = tensor.std(correction=0) if tensor.numel() > 1 else tensor.abs().max()
+        return noise * spread + tensor.mean()
+    low, high = int(tensor.min()), int(tensor.max())
+    return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor)
+
+
+def verify_graph(lowered: Lowered, graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+                 model: nn.Module | None = None, case: str = "the given inputs") -> Verification:
+    """Compare with a Graph (and with the model's own forward) on one call.
+
+    Raises LoweringError naming the first step, in order, that misses its tolerance.
+    """
+    program = lowered.program
+    wanted = {slot.name: step for step in program.steps for slot in step.outputs}
+    with torch.no_grad():
+        ours, outputs = _run_lowered(lowered, args, kwargs)
+        theirs, flat = _run_graph(graph, graph.tensors, args, kwargs, set(ours))
+        exact, exact_flat, notes = _exact(graph, args, kwargs, set(ours))
+        own = _model_outputs(model, args, kwargs, flat) if model is not None else flat
+    if exact is None:
+        exact, exact_flat = theirs, flat
+    steps = []
+    for name, value in ours.items():
+        if name in exact and isinstance(exact[name], Tensor):
+            kept = program.kept.get(name)
+            pair = (_kept(exact[name], kept), _kept(theirs[name], kept))
+            steps.append(_check(name, wanted[name].name, value, *pair, exact is theirs))
+            _require(steps[-1], wanted[name], case)
+    checks = []
+    for index, (leaf, value) in enumerate(zip(program.outputs, outputs, strict=True)):
+        if isinstance(leaf, Slot):
+            checks.append(_check(f"output {index}", "", value, exact_flat[index], own[index], exact is theirs))
+            _require(checks[-1], wanted.get(leaf.name), case)
+        elif value != own[index]:
+            raise LoweringError(f"output {index} is {value!r}, the model gives {own[index]!r} on {case}; "
+                                "lower the model with example inputs of this kind.")
+    return Verification((case,), tuple(steps), tuple(checks), tuple(notes))
+
+
+def _check(name: str, step: str, value: Tensor, exact: Tensor, theirs: Tensor, inexact: bool) -> Check:
+    if not value.is_floating_point():
+        ours, torchs = (float((v != exact).double().mean()) if v.shape == exact.shape else 1.0 for v in (value, theirs))
+        return Check(name, step, ours, torchs, 2 * torchs + 1e-3 if value.dtype != torch.bool else 2 * torchs + 1e-3)
+    torch_error = error(theirs, exact)
+    floor = FLOOR.get(value.dtype, 0.0) if inexact else 0.0      # no fp64 to compare with: both may err
+    return Check(name, step, error(value, exact), torch_error, limit(torch_error, value.dtype) + 3 * floor)
+
+
+def _require(check: Check, step: Step | None, case: str) -> None:
+    if check.passed:
+        return
+    where = f"step {step.name!r} ({step.op}, {step.place})" if step is not None else check.name
+    raise LoweringError(
+        f"{where}: its output is off by {check.error:.2e} of the largest value on {case}; torch's own error there is "
+        f"{check.torch_error:.2e}, the limit {check.limit:.2e}. Lower with fuse=False to see whether a pass is to "
+        "blame, and report the network; nothing wrong is returned.")
+
+
+def _kept(value: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
+    return value if kept is None else value.index_select(kept[0], torch.tensor(kept[1], device=value.device))
+
+
+def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Any]]:
+    tensors, signature = lowered._bind(args, kwargs)
+    values: dict[str, Tensor] = {}
+
+    def keep(step: Step, outputs: tuple[Tensor, ...], seconds: float) -> None:
+        values.update({slot.name: value.clone() for slot, value in zip(step.outputs, outputs, strict=True)})
+    lowered.placement(signature).run(tensors, keep)
+    return values, pytree.tree_leaves(lowered(*args, **kwargs), is_leaf=lambda leaf: leaf is None)
+
+
+def _run_graph(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any],
+               names: set[str]) -> tuple[dict[str, Tensor], list[Any]]:
+    values: dict[str, Tensor] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if node.name in names and isinstance(value, Tensor):
+            values[node.name] = value.clone()       # it may be written in place later
+    return values, pytree.tree_leaves(evaluate(graph, tensors, args, kwargs, after=keep),
+                                      is_leaf=lambda leaf: leaf is None)
+
+
+def _exact(graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: set[str],
+           ) -> tuple[dict[str, Tensor] | None, list[Any], list[str]]:
+    def double(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    tensors = {name: double(tensor) for name, tensor in graph.tensors.items()}
+    wide_args, wide_kwargs = pytree.tree_map(double, (args, dict(kwargs)))
+    try:
+        values, flat = _run_graph(widened(graph), tensors, wide_args, wide_kwargs, names)
+    except (RuntimeError, TypeError) as failure:
+        return None, [], [f"the network does not run in fp64 ({str(failure).splitlines()[0]}), so it was held to its "
+                          "own dtype"]
+    return values, flat, []
+
+
+def widened(graph: Graph) -> Graph:
+    """The same graph with every mention of float32 made float64."""
+    def wide(arg: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return type(arg)(wide(item) for item in arg) if not hasattr(arg, "_fields") else arg
+        return torch.float64 if arg is torch.float32 else arg
+    if not any(leaf is torch.float32 for node in graph.nodes for leaf in
+               pytree.tree_leaves((list(node.args), dict(node.kwargs)))):
+        return graph
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph.fx, {}))
+    for node in copy.nodes:
+        node.args = wide(tuple(node.args))
+        node.kwargs = {key: wide(arg) for key, arg in node.kwargs.items()}
+    return replace(graph, fx=copy)
+
+
+def _model_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: list[Any]) -> list[Any]:
+    """The model's own outputs; they must be those of its trace, or the comparison would prove nothing."""
+    args, kwargs = Call(args, kwargs).map(Tensor.clone).args, Call(args, kwargs).map(Tensor.clone).kwargs
+    own = pytree.tree_leaves(model(*args, **kwargs), is_leaf=lambda leaf: leaf is None)
+    for index, (value, other) in enumerate(zip(own, traced, strict=True)):
+        if isinstance(value, Tensor) and value.is_floating_point() \
+                and error(other, value) > 10 * FLOOR.get(value.dtype, 0.0):
+            raise LoweringError(
+                f"output {index} of the traced graph is not what the model gives on these inputs (off by "
+                f"{error(other, value):.1e}): the forward takes another branch, or is random; make its behaviour a "
+                "function of the inputs' shapes only.")
+    return own

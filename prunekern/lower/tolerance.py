@@ -1,0 +1,40 @@
+"""How far a lowered network may be from the model: the one table, used at run time and by the tests.
+
+All errors are ``max|y - y64| / max|y64|`` against the same network in fp64. A result passes where its error is
+at most ``FACTOR`` times torch's own error there plus the floor of its dtype: some units in the last place, since
+torch's own error is now and then zero by luck.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FACTOR = {"direct": 2.0}
+FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """``max|value - exact| / max|exact|``; infinite where the finite values or the places of NaN and inf differ."""
+    value, exact = value.detach().double(), exact.detach().double()
+    if value.shape != exact.shape:
+        return float("inf")
+    if not exact.numel():
+        return 0.0
+    finite = torch.isfinite(exact)
+    if not bool(finite.all()):
+        same = torch.equal(torch.isfinite(value), finite) and torch.equal(
+            torch.nan_to_num(value[~finite]).sign(), torch.nan_to_num(exact[~finite]).sign())
+        if not same:
+            return float("inf")
+        value, exact = value[finite], exact[finite]
+        if not exact.numel():
+            return 0.0
+    distance = float((value - exact).abs().max())
+    scale = float(exact.abs().max())
+    return distance / scale if scale else distance
+
+
+def limit(torch_error: float, dtype: torch.dtype, algorithm: str = "direct") -> float:
+    """The largest error that passes, beside torch's own."""
+    return FACTOR[algorithm] * torch_error + FLOOR.get(dtype, 0.0)
