@@ -12,7 +12,6 @@ its figures are halved here. Traps that are stepped around:
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +54,7 @@ def fvcore_count(
 ) -> Count:
     """What `fvcore.nn.FlopCountAnalysis` says of `model(*args, **kwargs)`."""
     call = _Call(model, args, kwargs)
-    with _plain_attention(), _silenced("fvcore.nn.jit_analysis"):
+    with _plain_attention():
         analysis = _fvcore()(call, call.tensors)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         modules = {_path(name): _integers(n) for name, n in analysis.by_module_and_operator().items()}
@@ -140,14 +139,3 @@ def _plain_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before

@@ -221,16 +221,16 @@ def build(spec: Spec, seed: int = 0, batch: int = 2) -> Case:
         torch.manual_seed(seed)
         model = Network(layers, calls, outputs).eval()
         for _ in range(5):
-            noise = [torch.randn(8, *shape) for _ in range(count)]
-            calibrate_(randomise_(model), *noise)
-            if _lively(model, noise):
+            calibrate_(randomise_(model), *(torch.randn(8, *shape) for _ in range(count)))
+            args = tuple(torch.randn(batch, *shape) for _ in range(count))
+            if batch == 1 or _lively(model, args):
                 break
-        return Case(model, tuple(torch.randn(batch, *shape) for _ in range(count)), spec)
+        return Case(model, args, spec)
 
 
 @torch.no_grad()
-def _lively(model: nn.Module, inputs: list[Tensor]) -> bool:
-    outputs = model(*inputs)
+def _lively(model: nn.Module, args: tuple[Tensor, ...]) -> bool:
+    outputs = model(*args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return all(bool(out.std(0).max() > 1e-2 * out.abs().max()) for out in outputs)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tests import tolerances
 from tests.counters import Count, flopcounter_count, fvcore_count
+from tests.interpreter import ACTIVATIONS
 from tests.models import ARCHITECTURES, WEIGHTS, make, trained_resnet56, trained_resnet56_or_skip
 from tests.networks import LEAVES, NESTED, Block, Case, Residual, Spec, build, networks, random_network
 from tests.zoo import ZOO
@@ -25,8 +29,8 @@ def outputs_of(model: nn.Module, args: Any, kwargs: Any = None) -> list[Tensor]:
         return [t for t in tree_leaves(model(*args, **(kwargs or {}))) if isinstance(t, Tensor)]
 
 
-def first_samples(inputs: Any, count: int) -> Any:
-    return tree_map(lambda v: v[:count] if isinstance(v, Tensor) else v, inputs)
+def samples(inputs: Any, which: slice) -> Any:
+    return tree_map(lambda v: v[which] if isinstance(v, Tensor) else v, inputs)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -91,12 +95,12 @@ def test_zoo_networks_are_batch_free_and_exportable(name: str) -> None:
     model, args, kwargs = ZOO[name](batch=3)
     assert not any(module.training for module in model.modules())
     whole = outputs_of(model, args, kwargs)
-    for count in (2, 1):
-        part_args, part_kwargs = first_samples((args, kwargs), count)
+    for which, count in ((slice(1, 3), 2), (slice(0, 1), 1)):
+        part_args, part_kwargs = samples((args, kwargs), which)
         for all_rows, rows in zip(whole, outputs_of(model, part_args, part_kwargs), strict=True):
             assert all_rows.shape[0] == 3
             assert rows.shape[0] == count
-            torch.testing.assert_close(rows, all_rows[:count], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(rows, all_rows[which], rtol=1e-4, atol=1e-5)
     for out in whole:
         assert out.isfinite().all()
         assert (out[0] - out[1]).abs().max() > 0.01 * out.abs().max(), "samples hardly differ"
@@ -110,7 +114,10 @@ def test_zoo_networks_are_batch_free_and_exportable(name: str) -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo_networks_are_seeded_and_small(name: str) -> None:
     model, args, kwargs = ZOO[name](batch=2)
+    torch.rand(7)
+    before = torch.random.get_rng_state()
     same = ZOO[name](batch=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
     state, again = model.state_dict(), same.model.state_dict()
     assert all(torch.equal(state[key], again[key]) for key in state)
     assert all(torch.equal(a, b) for a, b in zip(_tensors((args, kwargs)), _tensors(same[1:]), strict=True))
@@ -142,11 +149,11 @@ def test_random_networks_run_and_vary() -> None:
         for out in outputs:
             assert out.shape[0] == 2
             assert out.isfinite().all()
-        dull += any((out[0] - out[1]).abs().max() <= 1e-4 * out.abs().max() for out in outputs)
+        dull += any((out[0] - out[1]).abs().max() <= 1e-2 * out.abs().max() for out in outputs)
         seen |= {type(block).__name__ for block in _walk(spec.blocks)}
         assert max((p.numel() for p in model.parameters()), default=0) < 40_000
     assert seen == {kind.__name__ for kind in LEAVES + NESTED}
-    assert dull <= 9, "networks that answer the same to everything prove nothing"
+    assert dull <= 2, "networks that answer the same to everything prove nothing"
 
 
 def _walk(blocks: tuple[Block, ...]) -> list[Block]:
@@ -159,8 +166,8 @@ def _walk(blocks: tuple[Block, ...]) -> list[Block]:
 def test_hypothesis_networks_are_batch_free_and_exportable(case: Case) -> None:
     model, args, spec = case
     whole = outputs_of(model, args)
-    for all_rows, rows in zip(whole, outputs_of(model, first_samples(args, 2)), strict=True):
-        torch.testing.assert_close(rows, all_rows[:2], rtol=1e-3, atol=1e-4)
+    for all_rows, rows in zip(whole, outputs_of(model, samples(args, slice(1, 3))), strict=True):
+        torch.testing.assert_close(rows, all_rows[1:], rtol=1e-3, atol=1e-4)
     exported = torch.export.export(model, args, strict=False).module()
     for a, b in zip(outputs_of(exported, args), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -190,6 +197,23 @@ def test_shared_blocks_share_their_layers() -> None:
     assert len(names) == len(list(once.model.named_parameters()))
     called = [call.target for call in twice.model.calls if isinstance(call.target, str)]
     assert len(called) == len(set(called)) + 1
+    nested = build(Spec(blocks=(Twice(body=(Twice(body=(conv,)),)),))).model
+    assert [key for key, _ in nested.named_parameters()] == [
+        key.replace("shared1", "shared2") for key in names
+    ]
+
+
+def test_in_place_calls_change_nothing_that_is_read_later() -> None:
+    pure = {ACTIVATIONS["relu_"]: ACTIVATIONS["relu"], operator.iadd: torch.add}
+    replaced = 0
+    for seed in range(300):
+        model, args, _ = random_network(seed)
+        expected = outputs_of(model, args)
+        calls = tuple(dataclasses.replace(c, target=pure.get(c.target, c.target)) for c in model.calls)
+        replaced += calls != model.calls
+        model.calls = calls
+        assert all(torch.equal(a, b) for a, b in zip(outputs_of(model, args), expected, strict=True)), seed
+    assert replaced > 50, "in-place calls are common"
 
 
 def test_residual_shortcut_widens_with_zeros() -> None:
@@ -219,20 +243,23 @@ def test_counters_agree_with_the_formula(counter: Any) -> None:
 
 
 def test_flopcounter_sees_through_the_attention_fast_path() -> None:
-    case = ZOO["encoder_layer"](batch=1)
-    layer = case.model.get_submodule("layer")
-    count = flopcounter_count(layer.eval(), (torch.randn(6, 1, 12),))
+    layer = nn.TransformerEncoderLayer(12, 2, dim_feedforward=18, batch_first=True).eval()
+    count = flopcounter_count(layer, torch.randn(1, 6, 12))
     assert count.total == ATTENTION + FEED_FORWARD
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_counters_take_keywords_and_nested_inputs(capfd: pytest.CaptureFixture[str]) -> None:
-    for name in ("keyword_inputs", "dict_input", "several_outputs", "tied_embedding"):
+def test_counters_are_quiet_and_take_any_inputs(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("keyword_inputs", "dict_input", "several_outputs", "tied_embedding", "mha_block", "ghost"):
         model, args, kwargs = ZOO[name]()
-        assert (
-            fvcore_count(model, args, kwargs).contractions == flopcounter_count(model, args, kwargs).total > 0
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            theirs, other = fvcore_count(model, args, kwargs), flopcounter_count(model, args, kwargs)
+        assert theirs.contractions == other.total > 0
     assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.name.startswith("fvcore")]
 
 
 def test_fvcore_names_what_it_skips() -> None:

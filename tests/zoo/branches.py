@@ -251,7 +251,8 @@ class PreActResidual(nn.Module):
 def option_a() -> nn.Module:
     """CIFAR ResNet blocks: shortcuts by stride-2 slice and (unevenly) zero-padded channels."""
     return nn.Sequential(
-        conv_bn_act(3, 6), OptionABlock(6, 6), OptionABlock(6, 11, 2), OptionABlock(11, 16, 2), OptionABlock(16, 16),
+        conv_bn_act(3, 6), OptionABlock(6, 6),
+        OptionABlock(6, 11, 2), OptionABlock(11, 16, 2), OptionABlock(16, 16),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ class AttentionBlock(nn.Module):
 
 @network("encoder_layer", (6, 12))
 class EncoderLayer(nn.Module):
-    """nn.TransformerEncoderLayer, sequence first, post-norm; inference has a fused fast path of its own."""
+    """nn.TransformerEncoderLayer with the sequence first (its default), post-norm, ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +37,20 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(x.transpose(0, 1)).mean(0))
+
+
+@network("encoder_stack", (6, 12))
+class EncoderStack(nn.Module):
+    """nn.TransformerEncoder, batch first: in eval mode PyTorch may run a fused fast path instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, 2, dim_feedforward=18, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x)[:, -1])
 
 
 @network("packed_qkv", (5, 12))
