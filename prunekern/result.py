@@ -1,0 +1,209 @@
+"""What ``compress`` returns, on disk and back: safetensors and JSON, checked on the way in, never pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from prunekern.backends import Lowered
+from prunekern.core.plan import Plan
+from prunekern.errors import ArtefactError, UnsupportedOp
+from prunekern.graph.inputs import Call
+from prunekern.ops import REGISTRY
+from prunekern.prune.oneshot import groups_of
+from prunekern.prune.portable import from_data, state_of, to_data
+from prunekern.prune.prove import Proof
+from prunekern.prune.rebuild import rebuild
+from prunekern.prune.rewrite import rewrite
+from prunekern.prune.schedule import Step
+from prunekern.report import Report
+
+FORMAT, VERSION = "prunekern-result", 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed network.
+
+    model:   an nn.Module, smaller: fine-tune it, export it. ``form`` is 'class' (the user's own) or 'graph'
+             (rewritten; ``notes`` say why).
+    plan:    what was kept of the original. steps: every pruning step with its proof; ``proof`` is the last.
+    lowered: the same network as planned GEMMs; None where lowering was not asked for.
+    report:  ``.show()`` in a terminal, ``.save(folder)`` as HTML, JSON and PNG.
+    example: the inputs it was traced on.
+    """
+
+    model: nn.Module
+    plan: Plan
+    form: str
+    steps: tuple[Step, ...]
+    example: Call
+    report: Report
+    lowered: Lowered | None = None
+    notes: tuple[str, ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def proof(self) -> Proof | None:
+        return self.steps[-1].proof if self.steps else None
+
+    def __str__(self) -> str:
+        rows = [f"{type(self.model).__name__} ({'your class' if self.form == 'class' else 'rewritten graph'})"]
+        rows += [f"  {what}: {before:,} -> {after:,} ({after / before:.1%})"
+                 for what, (before, after) in self.plan.costs.items() if before]
+        rows += [f"  {name}: {value}" for name, value in self.metrics.items()]
+        rows += [f"  {self.proof}"] if self.proof else []
+        return "\n".join(rows + [f"  note: {note}" for note in self.notes])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write plan, weights, graph, lowered Program and report data below ``folder``; the manifest comes last.
+
+        Everything is written beside its place first, so a full disk or a kill leaves an older result as it
+        was. Raises ArtefactError where something could not be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stage = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+        except OSError as error:
+            raise _unwritten(folder, error) from error
+        try:
+            notes = self._fill(stage)
+            files = sorted(p for p in stage.rglob("*") if p.is_file())
+            manifest = {"format": FORMAT, "version": VERSION, "form": self.form, "notes": [*self.notes, *notes],
+                        "inputs": _inputs_data(self.example), "steps": [step.to_json() for step in self.steps],
+                        "metrics": dict(self.metrics), "training": self.model.training,
+                        "files": {str(p.relative_to(stage)): _digest(p.read_bytes()) for p in files}}
+            (stage / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
+            for path in [*files, stage / MANIFEST]:
+                target = folder / path.relative_to(stage)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        except OSError as error:
+            raise _unwritten(folder, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(stage)
+        return folder
+
+    def _fill(self, stage: Path) -> list[str]:
+        notes = []
+        (stage / "plan.json").write_text(json.dumps(self.plan.to_json(), indent=1))
+        (stage / "weights.safetensors").write_bytes(save_tensors(_plain(self.model.state_dict())))
+        (stage / "report.json").write_text(self.report.to_json())
+        groups = groups_of(self.model, self.example, allow_train=True)
+        graph = rewrite(groups.labels, groups.everything(), self.model, REGISTRY, layers=False)
+        try:
+            (stage / "graph.json").write_text(json.dumps(to_data(graph)))
+            (stage / "graph.safetensors").write_bytes(save_tensors(_plain(state_of(graph))))
+        except UnsupportedOp as error:
+            notes.append(f"the graph form is not saved, load with the model class: {error}")
+        if self.lowered is not None:
+            self.lowered.save(stage / "program")
+        return notes
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "auto") -> Result:
+    """A saved result. With a fresh dense ``model`` (the class it was made from) that is copied, shrunk to the
+    saved plan and filled; without, the rewritten graph module comes back.
+
+    Raises ArtefactError (missing, truncated or altered files, another version), PlanError (``model`` is not
+    the network the plan was made for).
+    """
+    folder = Path(path)
+    manifest = _manifest(folder)
+    plan = Plan.from_json(_json(folder, "plan.json"))
+    example = _inputs_from(manifest["inputs"])
+    if model is not None:
+        groups = groups_of(model, example.map(lambda t: t.to(_device(model))), allow_train=True)
+        weights = load_tensors((folder / "weights.safetensors").read_bytes())
+        module, form = rebuild(model, groups, plan, manifest["form"], weights), str(manifest["form"])
+    elif "graph.json" in manifest["files"]:
+        tensors = load_tensors((folder / "graph.safetensors").read_bytes())
+        module, form = from_data(_json(folder, "graph.json"), tensors), "graph"
+    else:
+        raise ArtefactError(f"{folder} holds no graph form; pass a fresh dense model: load(path, model=...).")
+    module.train(bool(manifest["training"]))
+    lowered = Lowered.load(folder / "program", backend) if "program/program.json" in manifest["files"] else None
+    steps = tuple(Step.from_json(step) for step in manifest["steps"])
+    report = Report.from_json((folder / "report.json").read_text())
+    return Result(module, plan, form, steps, example, report, lowered, tuple(manifest["notes"]), manifest["metrics"])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ArtefactError(f"{folder} holds no saved result (no {MANIFEST}).")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            raise ArtefactError(f"{path} has format {manifest['format']!r}, version {manifest['version']!r}; this "
+                                f"prunekern reads {FORMAT} version {VERSION}.")
+        for name, digest in manifest["files"].items():
+            if _digest((folder / name).read_bytes()) != digest:
+                raise ArtefactError(f"{folder / name} is not what was saved (truncated or altered); save it again.")
+        return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"{folder} is incomplete or damaged ({type(error).__name__}: {error}); "
+                            "save it again.") from error
+
+
+def _json(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU copies; safetensors refuses memory that is shared."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _unwritten(folder: Path, error: OSError) -> ArtefactError:
+    return ArtefactError(f"{folder} could not be written: {error}. What was there before is still there; free "
+                         "some space or choose another folder.")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+def _inputs_data(call: Call) -> dict[str, Any]:
+    leaves, spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
+    described = [{"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch."),
+                  **({} if leaf.is_floating_point() else {"values": leaf.reshape(-1).tolist()})}
+                 if isinstance(leaf, Tensor) else {"value": leaf} for leaf in leaves]
+    return {"leaves": described, "spec": pytree.treespec_dumps(spec)}
+
+
+def _inputs_from(data: Mapping[str, Any]) -> Call:
+    """Example inputs again: floats drawn at random (only their shape matters), all else as it was."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(item: Mapping[str, Any]) -> Any:
+        if "value" in item:
+            return item["value"]
+        dtype, shape = getattr(torch, item["dtype"]), item["shape"]
+        if "values" in item:
+            return torch.tensor(item["values"], dtype=dtype).reshape(shape)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    spec = pytree.treespec_loads(data["spec"])
+    args, kwargs = pytree.tree_unflatten([leaf(item) for item in data["leaves"]], spec)
+    return Call(tuple(args), kwargs)
