@@ -1,4 +1,4 @@
-"""Searches above pruning and lowering: the smallest network that keeps an accuracy; accuracy against cost."""
+"""Searches above pruning and lowering: the smallest network that keeps an accuracy."""
 
 from prunekern.search.accuracy import Trial, smallest
 

@@ -1,6 +1,6 @@
 """Training and fine-tuning: a small reproducible loop, evaluation, histories, seeds."""
 
-from prunekern.train.batching import Data
+from prunekern.train.batching import Data, passes
 from prunekern.train.evaluate import Evaluation, accuracy, cross_entropy, evaluate
 from prunekern.train.history import Epoch, History
 from prunekern.train.loop import fit
@@ -15,5 +15,6 @@ __all__ = [
     "cross_entropy",
     "evaluate",
     "fit",
+    "passes",
     "seed_everything",
 ]
