@@ -14,6 +14,8 @@ Row = tuple[str, ...]
 
 def count(value: float, unit: str = "") -> str:
     """1234567 -> ``1.235 M``; exact below ten thousand."""
+    if value >= 1e4:
+        value = float(f"{value:.3e}")             # rounded before the prefix is picked: 999999 is 1 M
     for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= max(scale, 1e4):
             return f"{value / scale:.4g} {prefix}{unit}"

@@ -195,7 +195,7 @@ def test_a_convolution_is_im2col_and_a_gemm(layer: nn.Conv2d) -> None:
     ids=str,
 )
 def test_a_transposed_convolution_is_a_gemm_and_col2im(layer: nn.ConvTranspose2d) -> None:
-    """Both counters take the input's size here, and the GEMM says that they are right: padding crops after."""
+    """Both counters take the input's size here, and the GEMM says they are right: padding crops after."""
     x = torch.randn(3, layer.in_channels, 4, 5)
     columns = x.view(3, layer.groups, -1, 20)
     weight = layer.weight.view(layer.groups, layer.in_channels // layer.groups, -1).mT.expand(3, -1, -1, -1)
