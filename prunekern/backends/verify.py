@@ -124,9 +124,9 @@ def verify_graph(lowered: Lowered, graph: Graph, args: tuple[Any, ...], kwargs: 
 
 
 def _check(name: str, step: str, value: Tensor, exact: Tensor, theirs: Tensor, inexact: bool) -> Check:
-    if not value.is_floating_point():
+    if not (value.is_floating_point() or value.is_complex()):
         ours, torchs = (float((v != exact).double().mean()) if v.shape == exact.shape else 1.0 for v in (value, theirs))
-        return Check(name, step, ours, torchs, 2 * torchs + 1e-3 if value.dtype != torch.bool else 2 * torchs + 1e-3)
+        return Check(name, step, ours, torchs, 2 * torchs + 1e-3)
     torch_error = error(theirs, exact)
     floor = FLOOR.get(value.dtype, 0.0) if inexact else 0.0      # no fp64 to compare with: both may err
     return Check(name, step, error(value, exact), torch_error, limit(torch_error, value.dtype) + 3 * floor)
@@ -170,7 +170,9 @@ def _run_graph(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...
 def _exact(graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: set[str],
            ) -> tuple[dict[str, Tensor] | None, list[Any], list[str]]:
     def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        return value.to(torch.complex128 if value.is_complex() else torch.float64)
     tensors = {name: double(tensor) for name, tensor in graph.tensors.items()}
     wide_args, wide_kwargs = pytree.tree_map(double, (args, dict(kwargs)))
     try:

@@ -147,7 +147,7 @@ class Builder:
 
     def only_first(self, node: fx.Node) -> bool:
         """Of a node's several tensors, only the first one is read."""
-        return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+        return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
 
     def between(self, op: str, node: fx.Node, inputs: Sequence[Any], shape: tuple[Dim, ...],
                 attributes: Mapping[str, Any] | None = None) -> Slot:
@@ -185,9 +185,11 @@ class Builder:
         target = node.target
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if target is operator.getitem:
-            self.values[node] = self.value(source)[node.args[1]]  # type: ignore[arg-type,index]
+            if not node.users:
+                return
+            self.values[node] = self.value(source)[node.args[1]]  # type: ignore[arg-type]
             if source in self._base:
-                self._base[node] = source  # type: ignore[assignment]
+                self._base[node] = source
             return
         if not self._folded(node):
             rule, count = self.find(target), len(self.steps)
@@ -373,7 +375,7 @@ class Builder:
 
     def _scattered(self, base: fx.Node, target: Any, args: Sequence[Any]) -> Any:
         """The value of a call that has the base's shape: computed now where it is constant, else a Step."""
-        if not any(isinstance(leaf, Slot) or isinstance(leaf, Dim) and leaf.scale
+        if not any(isinstance(leaf, Slot) or (isinstance(leaf, Dim) and leaf.scale)
                    for leaf in pytree.tree_leaves(args, is_leaf=lambda leaf: isinstance(leaf, (Slot, Dim)))):
             numbers = pytree.tree_map_only((Constant, Dim), lambda leaf: leaf.offset if isinstance(leaf, Dim)
                                            else self.weights[leaf.name], list(args),

@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 FACTOR = {"direct": 2.0}
-FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+FLOOR = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 2e-6, torch.complex64: 2e-6,
+          torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp64; a complex tensor as its real and imaginary parts."""
+    return torch.view_as_real(tensor.to(torch.complex128)) if tensor.is_complex() else tensor.double()
 
 
 def error(value: Tensor, exact: Tensor) -> float:
     """``max|value - exact| / max|exact|``; infinite where the finite values or the places of NaN and inf differ."""
-    value, exact = value.detach().double(), exact.detach().double()
+    value, exact = wide(value.detach()), wide(exact.detach())
     if value.shape != exact.shape:
         return float("inf")
     if not exact.numel():

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from prunekern.core.builder import Builder
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, varying
-from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
+from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 
 ACROSS = "it normalises across channels, which have no exact restriction to fewer of them"
 
@@ -62,7 +62,7 @@ def lower_as_scale(node: fx.Node, build: Builder, given: dict[str, Any]) -> bool
             or not all(v is None or build.is_constant(v) for v in vectors):
         return False
     gain, shift, mean, variance = (None if v is None else build.constant(v).double() for v in vectors)
-    scale = (variance + given["eps"]).rsqrt()  # type: ignore[operator]
+    scale = (variance + given["eps"]).rsqrt()
     scale = scale if gain is None else scale * gain
     shift = -mean * scale if shift is None else shift - mean * scale  # type: ignore[operator]
     dtype = build.dtype(node)
@@ -78,7 +78,7 @@ def lower_as_norm(node: fx.Node, build: Builder, op: str, attributes: dict[str, 
     vectors = {name: given[name] for name in ("weight", "bias") if given.get(name) is not None}
     if not build.is_float(node) or not all(build.is_constant(v) for v in vectors.values()):
         return False
-    eps = given.get("eps", 1e-5)
+    eps = given.get("eps", None if op == "rms_norm" else 1e-5)      # as the operators' schemas have it
     attributes["eps"] = torch.finfo(build.dtype(node)).eps if eps is None else eps
     build.step(op, node, (given["input"],), attributes, {role: build.weight(v) for role, v in vectors.items()})
     return True
@@ -134,7 +134,7 @@ class GroupNorm(OpRule):
         channels, rest = tape.along(node, tape.planes(x), 1)
         tape.freeze_planes(node, rest, "its positions are normalised")
         if channels is not None:
-            table = channels.view(groups, -1)
+            table = channels.view(groups, -1)  # type: ignore[arg-type]
             tape.unify(table, table[:, :1])
             if groups == 1:
                 tape.freeze(node, channels, ACROSS)

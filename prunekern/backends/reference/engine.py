@@ -135,20 +135,16 @@ class Layout:
         """The epilogue, on a part of the output (a slice of axis 0) while it is in cache."""
         epilogue, bias = step.epilogue, None if skip_bias else self.bias(step)
         stages: list[Finish] = []
-        rank = len(step.output.shape)
         if bias is not None:
-            shaped = bias.view(-1, *[1] * (rank - 1 - axis % rank))
-            stages.append(lambda y, rows: y.add_(shaped) and None)
+            shaped = bias.view(-1, *[1] * (len(step.output.shape) - 1 - axis % len(step.output.shape)))
+            stages.append(lambda y, rows: _add(y, shaped))
         if epilogue.residual is not None:
             other = self.get(epilogue.residual)
-            add: Finish = lambda y, rows: y.add_(other()[rows]) and None  # noqa: E731
-        if epilogue.residual is not None and not epilogue.residual_last:
-            stages.append(add)
+            stages.append(lambda y, rows: _add(y, other()[rows]))
         if epilogue.activation is not None:
             kind, constants = epilogue.activation.kind, epilogue.activation.constants
-            stages.append(lambda y, rows: apply_into(kind, constants, y, y))
-        if epilogue.residual is not None and epilogue.residual_last:
-            stages.append(add)
+            stages.insert(len(stages) - epilogue.residual_last,
+                          lambda y, rows: apply_into(kind, constants, y, y))
         if len(stages) < 2:
             return stages[0] if stages else None
 
@@ -156,6 +152,10 @@ class Layout:
             for stage in stages:
                 stage(y, rows)
         return run
+
+
+def _add(y: Tensor, other: Tensor) -> None:
+    y.add_(other)
 
 
 class ReferencePlacement:
