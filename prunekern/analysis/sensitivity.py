@@ -42,7 +42,7 @@ class Sensitivity:
     def __str__(self) -> str:
         ratios = sorted({p.ratio for p in self.points})
         rows = [f"{'family':<32} {'channels':>8} " + " ".join(f"{r:>7.0%}" for r in ratios) + "   accuracy with that "
-                "share removed; untouched {:.2%}".format(self.dense)]
+                f"share removed; untouched {self.dense:.2%}"]
         for name in dict.fromkeys(p.family for p in self.points):
             mine = {p.ratio: p for p in self.points if p.family == name}
             channels = next(iter(mine.values())).channels
@@ -90,12 +90,17 @@ def _without(groups: Groups, family: Family, units: Any, ratio: float) -> Tensor
     return torch.as_tensor(~units.removed(chosen))
 
 
+def _call(inputs: Any) -> Call:
+    if isinstance(inputs, dict):
+        return Call((), inputs)
+    return Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+
+
 def _accuracy(groups: Groups, keep: Tensor, batches: Sequence[Any]) -> float:
     tensors = {name: tensor.detach() for name, tensor in groups.graph.tensors.items()}
     hook, right, count = masking(groups.labels, keep), 0, 0
     for inputs, target in batches:
-        call = inputs if isinstance(inputs, Call) else Call(
-            (), inputs) if isinstance(inputs, dict) else Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {})
+        call = _call(inputs)
         with torch.no_grad():
             outputs = evaluate(groups.graph, tensors, call.args, call.kwargs, before=hook)
         right += int((outputs[0].argmax(-1) == target).sum())

@@ -11,7 +11,7 @@ from pathlib import Path
 from prunekern.errors import ArtefactError
 
 
-def write(path: Path, fill: Callable[[Path], None]) -> None:
+def write(path: Path, fill: Callable[[Path], object]) -> None:
     """Let ``fill`` write a temporary file in the same folder, then put it in place in one step.
 
     Raises ArtefactError (disk full, no permission, ...); what was at ``path`` before is then still there.
@@ -37,8 +37,8 @@ def write(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write(path, lambda temporary: temporary.write_text(text) and None)
+    write(path, lambda temporary: temporary.write_text(text))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    write(path, lambda temporary: temporary.write_bytes(data) and None)
+    write(path, lambda temporary: temporary.write_bytes(data))

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx import Node
 
 Shape = tuple[int, ...]
-ShapeOf = Callable[[fx.Node], Shape]
+ShapeOf = Callable[[Node], Shape]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,12 @@ class Graph:
     batch: int
     example_batch: int
     notes: tuple[str, ...] = ()
-    nodes: tuple[fx.Node, ...] = field(init=False)
+    nodes: tuple[Node, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", tuple(self.fx.nodes))
 
-    def shape(self, node: fx.Node, batch: int | None = None) -> Shape:
+    def shape(self, node: Node, batch: int | None = None) -> Shape:
         """The shape of a tensor-valued node at a batch size (default: the one labels use)."""
         return at(self.dims[node.name], self.batch if batch is None else batch)  # type: ignore[no-any-return]
 
@@ -80,13 +81,13 @@ class Graph:
 
     def fqn(self, node: Any) -> str | None:
         """The state tensor a node stands for, or None."""
-        return self.state.get(node.name) if isinstance(node, fx.Node) else None
+        return self.state.get(node.name) if isinstance(node, Node) else None
 
     def is_tensor(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and isinstance(self.dims.get(node.name), tuple)
+        return isinstance(node, Node) and isinstance(self.dims.get(node.name), tuple)
 
     @property
-    def output(self) -> fx.Node:
+    def output(self) -> Node:
         return self.nodes[-1]
 
     def __str__(self) -> str:
@@ -108,7 +109,7 @@ def at(dims: Any, batch: int) -> Any:
     return dims
 
 
-def owner(node: fx.Node) -> tuple[str, str]:
+def owner(node: Node) -> tuple[str, str]:
     """(path, class name) of the module whose forward made the node; ``('', '')`` where unknown."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
@@ -118,21 +119,21 @@ def owner(node: fx.Node) -> tuple[str, str]:
     return re.sub(r"@\d+", "", path), kind
 
 
-def source(node: fx.Node) -> str:
+def source(node: Node) -> str:
     """``file.py:12`` of the innermost line of the user's code behind a node ('' where unknown)."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if "/torch/" not in frame[0]]
     return "{}:{}".format(*own[-1]) if own else ""
 
 
-def target_name(node: fx.Node) -> str:
+def target_name(node: Node) -> str:
     """``aten.conv2d``-like short name of a call."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target).removesuffix(".default")
     return getattr(node.target, "__name__", str(node.target))
 
 
-def place(node: fx.Node) -> str:
+def place(node: Node) -> str:
     """How a message names a node: ``'layer1.0.conv1' (aten.conv2d, net.py:12)``."""
     path, line = owner(node)[0] or node.name, source(node)
     return f"{path!r} ({target_name(node)}{', ' + line if line else ''})"

@@ -92,9 +92,9 @@ class Plan:
                 a, b = _entries(mine), _entries(theirs)
                 found.setdefault(name, {})[axis] = {
                     "added": [None] if theirs is None else [list(e) if isinstance(e, tuple) else e
-                                                            for e in b if a is None or e not in a],
+                                                            for e in b or [] if a is None or e not in a],
                     "removed": [None] if mine is None else [list(e) if isinstance(e, tuple) else e
-                                                            for e in a or () if b is None or e not in b]}
+                                                            for e in a or [] if b is None or e not in b]}
         return found
 
     def __str__(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -33,7 +32,8 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...],
             name = graph.state.get(node.name)
             env[node] = given[node.name] if name is None else tensors[name]
         elif node.op == "output":
-            return list(fx.node.map_arg(node.args[0], env.__getitem__))
+            outputs: Any = fx.node.map_arg(node.args[0], env.__getitem__)
+            return list(outputs)
         else:
             env[node] = _call(node, env, before, out_of_place)
         if after is not None:
@@ -45,10 +45,11 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...],
 
 
 def _call(node: fx.Node, env: dict[fx.Node, Any], before: Before | None, out_of_place: bool) -> Any:
-    call_args, call_kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+    mapped: Any = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+    call_args, call_kwargs = mapped
     if before is not None:
         call_args = before(node, call_args)
-    target = pure(node.target) if out_of_place else node.target
+    target: Any = pure(node.target) if out_of_place else node.target
     first = node.args[0] if node.args else None
     if isinstance(first, fx.Node) and first.op == "placeholder" and target is node.target and mutates(target):
         call_args = (call_args[0].clone(), *call_args[1:])   # nobody's tensors are written, not even inputs

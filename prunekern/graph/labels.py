@@ -17,7 +17,6 @@ from prunekern.core.graph import Dim, Graph, place
 from prunekern.core.labels import FIXED, Frozen, Tape, compact, spread
 from prunekern.core.rule import Registry
 
-
 Live = tuple[tuple[int, Tensor], ...]
 
 

@@ -87,7 +87,7 @@ def _capture(model: nn.Module, call: Call, example_batch: int) -> Graph:
             return _from_export(model, program, call, example_batch, note)
         except _NotAffine as error:
             failures.append(error)
-        except Exception as error:  # noqa: BLE001 - whatever export raises, the next way is tried
+        except Exception as error:
             failures.append(error)
     return _fallback(model, call, example_batch, failures)
 
@@ -133,7 +133,7 @@ class _Sizes:
         expr = size.node.expr
         if expr not in self.cache:
             first, second, third = (
-                int(expr.xreplace({s: n for s in expr.free_symbols}))
+                int(expr.xreplace(dict.fromkeys(expr.free_symbols, n)))
                 for n in (2, 4, 6))
             scale = (second - first) // 2
             if third - second != second - first or (second - first) % 2:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from prunekern.core.graph import Shape, ShapeOf
 from prunekern.core.labels import Tape
-from prunekern.core.rule import OpRule, aten, numel
+from prunekern.core.rule import OpRule, Sample, aten, numel
 from prunekern.ops.elementwise import sample
 
 

@@ -11,7 +11,7 @@ from prunekern.core.builder import Builder, per_axis
 from prunekern.core.graph import Shape, ShapeOf
 from prunekern.core.labels import Planes, Tape, spread, varying
 from prunekern.core.program import Epilogue
-from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
+from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 from prunekern.ops.elementwise import Pair
 
 

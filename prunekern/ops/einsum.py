@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import fx
 
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape
-from prunekern.core.rule import OpRule, aten, numel
+from prunekern.core.rule import OpRule, Sample, aten, numel
 from prunekern.ops.elementwise import sample
 
 BMM = (("abc", "abd", "acd"), ("abc", "adc", "adb"))     # equations that fvcore has formulas for

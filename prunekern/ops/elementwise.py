@@ -14,7 +14,7 @@ from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, varying
 from prunekern.core.program import Activation as Function
 from prunekern.core.program import Epilogue
-from prunekern.core.rule import OpRule, Sample, aten, numel
+from prunekern.core.rule import OpRule, Sample, argument, aten, numel
 
 
 class Pair(nn.Module):
@@ -60,8 +60,9 @@ class Activation(OpRule):
             nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid,
             nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Dropout, nn.Dropout2d, nn.Identity,
             lambda: nn.ReLU(inplace=True), lambda: nn.SiLU(inplace=True), lambda: nn.Hardswish(inplace=True),
-            lambda: nn.GELU(approximate="tanh"), lambda: nn.Threshold(0.1, 0.5))
-    ) + (sample(lambda x: (x * x).clamp(min=0.1).sqrt().neg().abs() ** 3, "sqrt/pow chain", MAP),)
+            lambda: nn.GELU(approximate="tanh"), lambda: nn.Threshold(0.1, 0.5),
+            lambda: Pair(lambda x: (x * x).clamp(min=0.1).sqrt().neg().abs() ** 3, "sqrt/pow chain"))
+    )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         tape.give(node, tape.planes(node.args[0]))
@@ -207,7 +208,7 @@ class GLU(OpRule):
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x: fx.Node = node.args[0]  # type: ignore[assignment]
-        axis = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)) % len(tape.shape(x))  # type: ignore
+        axis: int = argument(node, 1, "dim", -1) % len(tape.shape(x))
         half = tape.shape(node)[axis]
         kept = []
         for plane in tape.planes(x):

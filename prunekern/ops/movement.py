@@ -19,7 +19,6 @@ from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten
 from prunekern.ops.elementwise import MAP, sample
 
 
-
 class Move(OpRule):
     """Operators that rearrange one tensor without mixing values and without sizes to rewrite."""
 
@@ -302,7 +301,8 @@ class Roll(Move):
     """roll: the shift counts what survives of the part that wraps around."""
 
     matches = aten("roll")
-    samples: ClassVar[tuple[Sample, ...]] = (sample(lambda x: x.roll(2, 1), "roll channels", MAP), sample(lambda x: x.roll((1, -1), (2, 3)), "roll", MAP))
+    samples: ClassVar[tuple[Sample, ...]] = (
+        sample(lambda x: x.roll(2, 1), "roll channels", MAP), sample(lambda x: x.roll((1, -1), (2, 3)), "roll", MAP))
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
         shifts, axes = list(node.args[1]), argument(node, 2, "dims", [])  # type: ignore[arg-type]
@@ -342,7 +342,7 @@ class GetItem(OpRule):
     def label(self, node: fx.Node, tape: Tape) -> None:
         several = tape.memory.get(node.args[0])  # type: ignore[arg-type]
         if several:
-            tape.memory[node] = several[node.args[1]]  # type: ignore[index]
+            tape.memory[node] = several[node.args[1]]
 
 
 class Creation(OpRule):
@@ -350,7 +350,8 @@ class Creation(OpRule):
 
     matches = aten("new_zeros", "new_ones", "new_full", "new_empty") + tuple(
         getattr(torch.ops.aten, name).default for name in ("zeros", "ones", "full"))
-    samples: ClassVar[tuple[Sample, ...]] = (sample(lambda x: torch.cat((x, x.new_zeros(x.size(0), 3, 5, 5)), 1), "cat with zeros", MAP),)
+    samples: ClassVar[tuple[Sample, ...]] = (
+        sample(lambda x: torch.cat((x, x.new_zeros(x.size(0), 3, 5, 5)), 1), "cat with zeros", MAP),)
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         shape, dims = tape.shape(node), tape.graph.dims[node.name]

@@ -12,7 +12,7 @@ from torch.nn import functional
 from prunekern.core.builder import Builder, per_axis
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, spread, varying
-from prunekern.core.rule import Rewritten, OpRule, Sample, Sizes, argument, aten, numel
+from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 from prunekern.ops.elementwise import MAP, sample
 
 
@@ -115,10 +115,12 @@ class PoolWithIndices(Pool):
 
     matches = aten("max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d_with_indices",
                    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-    samples: ClassVar[tuple[Sample, ...]] = (Sample(lambda: nn.AdaptiveMaxPool2d(2), (MAP,)), Sample(lambda: nn.AdaptiveMaxPool1d(2), ((2, 6, 9),)))
+    samples: ClassVar[tuple[Sample, ...]] = (
+        Sample(lambda: nn.AdaptiveMaxPool2d(2), (MAP,)), Sample(lambda: nn.AdaptiveMaxPool1d(2), ((2, 6, 9),)))
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        shape = tuple(tape.graph.shape(node)[0])  # type: ignore[arg-type]
+        shapes: Any = tape.graph.shape(node)
+        shape = tuple(shapes[0])
         planes = []
         for plane in tape.planes(node.args[0]):
             if varying(plane) == {1}:
@@ -290,7 +292,7 @@ class Reduction(OpRule):
 
     def _give(self, node: fx.Node, tape: Tape, passing: list[Tensor], axes: set[int]) -> None:
         several = isinstance(tape.graph.dims[node.name], list)
-        shapes = [tuple(s) for s in tape.shape(node)] if several else [tape.shape(node)]  # type: ignore[misc,arg-type]
+        shapes = [tuple(s) for s in tape.shape(node)] if several else [tape.shape(node)]
         given = []
         for shape in shapes:
             planes = []

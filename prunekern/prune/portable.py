@@ -55,7 +55,8 @@ def from_data(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrunedM
 
 
 def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrunedModule:
-    root, graph, env = nn.Module(), fx.Graph(), {}
+    root, graph = nn.Module(), fx.Graph()
+    env: dict[str, fx.Node] = {}
     for name, tensor in tensors.items():
         _place(root, name, tensor, data)
     for item in data["nodes"]:
@@ -76,7 +77,7 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrunedModu
     graph.set_codegen(Structure(_PyTreeInfo(data["arguments"], pytree.treespec_loads(data["in_spec"]),
                                             pytree.treespec_loads(data["out_spec"]))))
     module = PrunedModule(root, graph, class_name="PrunedModule")
-    return module.train(data["training"])  # type: ignore[return-value]
+    return module.train(data["training"])
 
 
 def _place(root: nn.Module, name: str, tensor: Tensor, data: Mapping[str, Any]) -> None:

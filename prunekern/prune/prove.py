@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import at, place
-from prunekern.core.labels import FIXED
 from prunekern.errors import PlanError, ProofError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.groups import Groups
@@ -77,8 +76,9 @@ def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: 
         try:
             errors = [graph_error] if form == "graph" else []
             errors += [_module_error(groups, keep, module, *state, call) for state in states[len(errors):]]
-        except Exception as error:  # noqa: BLE001 - a user's forward may fail in any way on smaller tensors
-            notes.append(f"the {_FORMS[form]} cannot run: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
+        except Exception as error:
+            first = (str(error) or "-").splitlines()[0]
+            notes.append(f"the {_FORMS[form]} cannot run: {type(error).__name__}: {first}")
             continue
         if max(errors) <= limit:
             return module, Proof(form, errors[0], errors[1], limit, teeth, blunt, shapes,
@@ -127,7 +127,7 @@ def randomised(groups: Groups, tensors: Mapping[str, Tensor], seed: int) -> dict
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
         if tensor.dim() >= 2:
             drawn *= (1.5 * max(shape[0], 1) / max(1, tensor.numel())) ** 0.5    # about 1/sqrt(fan in)
-        elif name.endswith("bias") or name.endswith("running_mean"):
+        elif name.endswith(("bias", "running_mean")):
             drawn *= 0.3
         else:                       # scales, slopes, variances: positive is safe for each of them
             drawn = drawn.abs().clamp(0.3, 1.7)
@@ -181,7 +181,7 @@ def _teeth(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], reference: 
                 scale = out.detach().abs().max().clamp(min=1e-30)
                 total = total + ((out * weights).sum() / scale).to(total)
         if total.requires_grad:
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
     seen = keep & (switch.grad.abs() > TEETH) if switch.grad is not None else torch.zeros_like(keep)
     tries = 8
     for family in groups:

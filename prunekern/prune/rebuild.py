@@ -38,9 +38,9 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     wrong = sorted(n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape)
     if missing or extra or wrong:
+        kinds = (("missing", missing), ("unknown", extra), ("of another shape", wrong))
         raise ArtefactError("the saved weights do not fit the model: "
-                            + "; ".join(f"{what} {names[:5]}" for what, names in
-                                        (("missing", missing), ("unknown", extra), ("of another shape", wrong)) if names)
+                            + "; ".join(f"{what} {names[:5]}" for what, names in kinds if names)
                             + ". Load them with the model class and version they were saved from.")
     with torch.no_grad():
         module.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})

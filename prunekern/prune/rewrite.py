@@ -140,8 +140,8 @@ def _emit(node: fx.Node, new: fx.Graph, root: nn.Module, env: Mapping[fx.Node, f
     rule = registry.find(node.target)
     call = rule.rewrite(node, sizes) if rule is not None else None
     target, args, kwargs = call if call is not None else (node.target, node.args, dict(node.kwargs))
-    args, kwargs = fx.node.map_arg((tuple(args), kwargs), env.__getitem__)
-    return new.call_function(target, tuple(args), dict(kwargs))
+    mapped: Any = fx.node.map_arg((tuple(args), kwargs), env.__getitem__)
+    return new.call_function(target, *mapped)  # type: ignore[arg-type]
 
 
 def _mode_follower(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:

@@ -16,6 +16,7 @@ from prunekern.core.files import write_bytes, write_text
 from prunekern.core.plan import Plan
 from prunekern.errors import ArtefactError, TargetError
 from prunekern.graph.groups import Groups
+from prunekern.graph.inputs import Call
 from prunekern.prune.compose import compose
 from prunekern.prune.oneshot import Pruned, prune
 from prunekern.prune.prove import Proof
@@ -107,17 +108,14 @@ def _wanted(target: Target, number: int, steps: int) -> dict[str, float]:
 
 def _next(current: nn.Module, groups: Groups, target: Target, done: list[Step], number: int, steps: int,
           options: Mapping[str, Any]) -> Pruned:
-    example = groups.graph.args, groups.graph.kwargs
-    inputs: Any = example[0] if not example[1] else dict(example[1]) if not example[0] else None
-    from prunekern.graph.inputs import Call
-    call = Call(*example) if inputs is None else inputs
+    call = Call(groups.graph.args, groups.graph.kwargs)
     if not done:
         first = Target(**{**target.to_json(), **_wanted(target, number, steps)}) if steps > 1 else target
         return prune(current, call, first, groups=groups, **options)
     last = done[-1].costs
     left = {name: min(1.0, share * last[name][0] / max(last[name][1], 1))
             for name, share in _wanted(target, number, steps).items()}
-    return prune(current, call, Target(**left), **options)
+    return prune(current, call, Target(left.get("macs"), left.get("params"), left.get("bytes")), **options)
 
 
 def _original(done: list[Step], pruned: Pruned) -> dict[str, int]:

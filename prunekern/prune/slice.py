@@ -37,7 +37,7 @@ def plan_of(groups: Groups, keep: Tensor, **details: Any) -> Plan:
 
 def _indices(alive: Tensor) -> list[Any]:
     if alive.dim() == 1:
-        return alive.nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+        return alive.nonzero()[:, 0].tolist()
     return [row.nonzero()[:, 0].tolist() for row in alive]
 
 
@@ -92,7 +92,7 @@ def _check_consistent(groups: Groups, plan: Plan, keep: Tensor) -> None:
             continue
         want = keep[index]
         kept = plan.kept.get(name, {}).get(axis)
-        if kept is None and not bool(want.all()) or kept is not None and _indices(want) != sorted_rows(kept):
+        if (kept is None and not bool(want.all())) or (kept is not None and _indices(want) != sorted_rows(kept)):
             family = next((f.name for f in groups if any((m.name, m.axis) == (name, axis) for m in f.members)), "?")
             raise PlanError(f"plan.kept[{name!r}][{axis}] does not agree with the rest of its family {family!r}: "
                             "channels of one group leave together; edit all members, or use keep masks.")
@@ -125,9 +125,10 @@ def sliced_tensors(groups: Groups, keep: Tensor, tensors: Mapping[str, Tensor]) 
 
 
 def _sliced(labels: Labels, name: str, tensor: Tensor, keep: Tensor) -> Tensor:
-    table = next((labels.axes[name, a] for a in range(tensor.dim()) if labels.axes.get((name, a), keep).dim() == 2), None)
-    if table is not None:
-        return _sliced_rows(labels, name, tensor, keep, table)
+    for axis in range(tensor.dim()):
+        table = labels.axes.get((name, axis), keep)
+        if table.dim() == 2:
+            return _sliced_rows(labels, name, tensor, keep, table)
     for axis in range(tensor.dim()):
         index = labels.axes.get((name, axis))
         if index is not None and not bool(keep[index].all()):
