@@ -96,9 +96,12 @@ def _shrunk(old: tuple[Dim, ...], live: Live, keep: Tensor) -> tuple[Dim, ...]:
     return tuple(new)
 
 
-def label(graph: Graph, registry: Registry, *, keep_outputs: bool = True) -> Labels:
-    """Label every channel of a graph. An operator without a rule freezes what reaches it and is named."""
-    tape = Tape(graph)
+def label(graph: Graph, registry: Registry, *, keep_outputs: bool = True, tape: Tape | None = None) -> Labels:
+    """Label every channel of a graph. An operator without a rule freezes what reaches it and is named.
+
+    tape: one of the graph to write on, for callers that want to look at it afterwards.
+    """
+    tape = tape or Tape(graph)
     for node in graph.nodes:
         if node.op == "placeholder":
             _state(tape, node)
