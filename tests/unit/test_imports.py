@@ -2,7 +2,7 @@
 
 The order, lowest first; a module may import what is lower, and its own package:
 errors <- core, kernels <- ops <- graph <- cost <- prune <- lower <- backends <- data, report
-<- search, train, analysis <- result, summary <- api <- pareto, doctor <- recipes <- cli.
+<- search, train, analysis <- result, summary <- api <- pareto, doctor <- recipes <- cli <- __main__.
 The report layer draws plain data that it is given, so it lies low: results carry a report.
 """
 
@@ -37,7 +37,8 @@ LAYERS = (
     ("api",),
     ("pareto", "doctor"),
     ("recipes",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 LAYER = {name: index for index, names in enumerate(LAYERS) for name in names}
 LAYER["_C"] = LAYER["kernels"]  # the compiled half of kernels.py
