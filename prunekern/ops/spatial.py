@@ -292,7 +292,8 @@ class Reduction(OpRule):
 
     def _give(self, node: fx.Node, tape: Tape, passing: list[Tensor], axes: set[int]) -> None:
         several = isinstance(tape.graph.dims[node.name], list)
-        shapes = [tuple(s) for s in tape.shape(node)] if several else [tape.shape(node)]
+        found: Any = tape.shape(node)
+        shapes = [tuple(shape) for shape in found] if several else [found]
         given = []
         for shape in shapes:
             planes = []
