@@ -64,9 +64,8 @@ class Frozen:
 class Tape:
     """What rules write to while a graph is walked in order. Not used after the walk."""
 
-    def __init__(self, graph: Graph, inexact: bool = False) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.inexact = inexact
         self.count = 1
         self.edges: list[Tensor] = []
         self.frozen: list[Frozen] = []
