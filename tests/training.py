@@ -21,9 +21,7 @@ def blobs(count: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
 def network(seed: int = 0, dropout: float = 0.2) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
-        )
+        return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
 
 
 def train(model: nn.Module, data: Any = None, validate: Any = None, **options: Any) -> History:
@@ -38,6 +36,4 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def figures(history: History) -> list[tuple]:
     """Everything of a history but the wall times."""
-    return [
-        (e.epoch, e.loss, e.train_accuracy, e.validation_loss, e.validation_accuracy, e.lr) for e in history
-    ]
+    return [(e.epoch, e.loss, e.train_accuracy, e.validation_loss, e.validation_accuracy, e.lr) for e in history]

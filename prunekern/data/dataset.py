@@ -100,8 +100,7 @@ def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
         take[extra] += 1
     random = np.random.RandomState(seed)
     picked = [
-        random.permutation(np.flatnonzero(values == cls))[:number]
-        for cls, number in zip(present, take, strict=True)
+        random.permutation(np.flatnonzero(values == cls))[:number] for cls, number in zip(present, take, strict=True)
     ]
     return torch.from_numpy(np.sort(np.concatenate(picked)).astype(np.int64))
 
@@ -122,9 +121,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels):
-            raise DataError(
-                f"batches: {len(self.images)} images but {len(self.labels)} labels; pass as many of each."
-            )
+            raise DataError(f"batches: {len(self.images)} images but {len(self.labels)} labels; pass as many of each.")
         if self.batch_size < 1:
             raise DataError(f"batches: batch_size={self.batch_size}; it must be at least 1.")
 

@@ -21,7 +21,7 @@ Root = str | os.PathLike[str] | None
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that may hold the data. `named`: the user named it, so failing there is worth a warning."""
+    """A folder that may hold the data. `named`: the caller named it, so failing there is worth a warning."""
 
     title: str
     folder: Path
@@ -41,7 +41,7 @@ def places(entry: Spec, root: Root = None) -> Iterator[Place]:
             home = Path(base).expanduser()
             inside = [home / sub for sub in entry.folders if (home / sub).is_dir()]
             for folder in (*inside, home):
-                yield Place(f"{title} ({folder})", folder, named=True)
+                yield Place(f"{title} ({folder})", folder, named=base is root)
     yield Place(f"cache ({cache_folder(entry.name)})", cache_folder(entry.name))
     for system in entry.system:
         yield Place(f"system package ({system})", Path(system))
@@ -140,8 +140,7 @@ def _dataset(entry: Spec, members: dict[str, bytes], source: str) -> Dataset:
 def _embedded(entry: Spec) -> Dataset:
     if entry.name != "fashion-mnist":
         raise DataError(
-            f"{entry.name}: no subset is shipped with the package, only one of fashion-mnist. "
-            "Drop embedded=True."
+            f"{entry.name}: no subset is shipped with the package, only one of fashion-mnist. Drop embedded=True."
         )
     from prunekern.data.embedded import load as load_embedded
 
@@ -183,10 +182,8 @@ def _store(entry: Spec, members: dict[str, bytes], title: str) -> str:
 
 
 def _worth_saying(place: Place, entry: Spec) -> bool:
-    """A place the user named, or one that holds files which turned out bad."""
-    present = any(
-        (place.folder / f"{member.name}{end}").exists() for member in entry.members for end in ("", ".gz")
-    )
+    """A place the caller named, or one that holds files which turned out bad."""
+    present = any((place.folder / f"{member.name}{end}").exists() for member in entry.members for end in ("", ".gz"))
     return place.named or present
 
 

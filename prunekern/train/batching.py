@@ -43,13 +43,10 @@ def passes(data: Data, batch_size: int, generator: torch.Generator | None = None
     if isinstance(data, torch.utils.data.IterableDataset):
         return torch.utils.data.DataLoader(data, batch_size)
     if isinstance(data, torch.utils.data.Dataset):
-        return torch.utils.data.DataLoader(
-            data, batch_size, shuffle=generator is not None, generator=generator
-        )
+        return torch.utils.data.DataLoader(data, batch_size, shuffle=generator is not None, generator=generator)
     if not isinstance(data, Iterable):
         raise InputError(
-            f"data is a {type(data).__name__}; pass (inputs, labels) tensors, a loader, "
-            "or a function giving one."
+            f"data is a {type(data).__name__}; pass (inputs, labels) tensors, a loader, or a function giving one."
         )
     return data
 
@@ -67,9 +64,7 @@ def each(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Te
     count = 0
     for count, batch in enumerate(batches, 1):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise InputError(
-                f"batch {count - 1} is {_kind(batch)}; it must be (input, target) with a tensor target."
-            )
+            raise InputError(f"batch {count - 1} is {_kind(batch)}; it must be (input, target) with a tensor target.")
         yield to_device(batch[0], device), batch[1].to(device, non_blocking=True)
     if not count:
         raise InputError(

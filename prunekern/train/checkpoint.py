@@ -73,9 +73,7 @@ def put_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save(
-    path: str | os.PathLike[str], run: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def save(path: str | os.PathLike[str], run: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write `parts` (section -> name -> tensor) and `run` (JSON) to `path`, atomically.
 
     Raises `ArtefactError` if the disk will not have it.

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunekern.data.files import write_atomically
 from prunekern.errors import InputError
 from prunekern.train.history import History
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 TRAIN, VALIDATION = "#3d6bb3", "#c8553d"
 
 
 def plot_history(history: History, path: str | os.PathLike[str]) -> Path:
-    """Two panels, loss and accuracy against epochs, training and validation, written to `path` as PNG.
+    """`draw`, written to `path` as PNG; needs no display and leaves matplotlib's global state alone."""
+    figure = draw(history)
+    return write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
-    Draws without a display and leaves matplotlib's global state alone. Raises `InputError` if there is no
-    epoch to draw or matplotlib is not installed.
+
+def draw(history: History) -> Figure:
+    """A figure of two panels, loss and accuracy (%) against epochs, training and validation.
+
+    Raises `InputError` if there is no epoch to draw or matplotlib is not installed.
     """
     if not history.epochs:
         raise InputError("History.plot: there is no epoch to draw; train for at least one.")
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
@@ -46,5 +54,4 @@ def plot_history(history: History, path: str | os.PathLike[str]) -> Path:
         panel.grid(alpha=0.25)
         if panel.lines:
             panel.legend(frameon=False)
-    canvas = FigureCanvasAgg(figure)
-    return write_atomically(path, canvas.print_png)
+    return figure

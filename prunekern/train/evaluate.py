@@ -70,9 +70,7 @@ def accuracy(
     """
     found = evaluate(model, data, batch_size=batch_size, loss=_no_loss, device=device).accuracy
     if math.isnan(found):
-        raise InputError(
-            "accuracy needs integer class targets [N] and scores [N, classes]; use evaluate(loss=…)."
-        )
+        raise InputError("accuracy needs integer class targets [N] and scores [N, classes]; use evaluate(loss=…).")
     return found
 
 

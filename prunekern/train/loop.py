@@ -107,9 +107,7 @@ def fit(
         return run.finish()
 
 
-def _check(
-    model: nn.Module, validate: Data | None, settings: Settings, device: torch.device | str | None
-) -> None:
+def _check(model: nn.Module, validate: Data | None, settings: Settings, device: torch.device | str | None) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"fit: {type(model).__name__} is not a torch.nn.Module; pass the model itself.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -166,9 +164,7 @@ class _Run:
         )
 
     def _best(self) -> int | None:
-        scored = [
-            (e.validation_accuracy, -e.epoch) for e in self.records if e.validation_accuracy is not None
-        ]
+        scored = [(e.validation_accuracy, -e.epoch) for e in self.records if e.validation_accuracy is not None]
         return -max(scored)[1] if scored else None
 
     def epoch(self, train: Data, validate: Data | None, bar: Progress) -> None:
@@ -225,7 +221,7 @@ class _Run:
             output = call(self.model, value)
             loss = self.loss(output, target)
             penalty = self.regularise(self.model) if self.regularise else None
-        (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
+        (loss if penalty is None else loss + penalty).backward()
         if self.before_step is not None:
             self.before_step(self.model)
         self.optimizer.step()

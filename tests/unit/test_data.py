@@ -130,9 +130,7 @@ def subset() -> Dataset:
 def test_normalisation_is_per_channel() -> None:
     images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8)
     made = Dataset("x", images, torch.zeros(3), images, torch.zeros(3), (), (0.1, 0.2, 0.3), (0.5, 1, 2), "")
-    expected = torch.stack(
-        [(images[:, c] / 255 - m) / s for c, m, s in ((0, 0.1, 0.5), (1, 0.2, 1), (2, 0.3, 2))]
-    )
+    expected = torch.stack([(images[:, c] / 255 - m) / s for c, m, s in ((0, 0.1, 0.5), (1, 0.2, 1), (2, 0.3, 2))])
     torch.testing.assert_close(made.normalised()[0], expected.transpose(0, 1))
     assert made.normalised()[1].dtype == torch.float32
 
@@ -167,6 +165,7 @@ def test_stratified_follows_uneven_shares() -> None:
     labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
     index = stratified(labels, 10, seed=0)
     assert labels[index].bincount().tolist() == [7, 2, 1]
+    assert labels[stratified(labels, 19, seed=0)].bincount().tolist() == [13, 4, 2]  # 13.3, 3.8, 1.9
     assert index.tolist() == sorted(set(index.tolist()))
 
 

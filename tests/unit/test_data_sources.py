@@ -144,6 +144,20 @@ def test_bad_checksum_is_warned_about_and_passed_over(tmp_path: Path, tiny: dict
         assert data.load("fashion-mnist", bad, verify=False).test_labels.sum() == 0
 
 
+def test_a_data_folder_without_this_set_is_no_matter(
+    tmp_path: Path, tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """$PRUNEKERN_DATA serves several sets; only a root given in the call must hold this one."""
+    put(tmp_path / "system", tiny)
+    (tmp_path / "all" / "other").mkdir(parents=True)
+    monkeypatch.setenv("PRUNEKERN_DATA", str(tmp_path / "all"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.load("fashion-mnist")
+    with pytest.warns(UserWarning, match=r"root .*all.* is of no use: not there: train-images"):
+        data.load("fashion-mnist", tmp_path / "all")
+
+
 def test_bad_cache_is_warned_about(tmp_path: Path, tiny: dict[str, bytes]) -> None:
     put(data.cache_folder("fashion-mnist"), {**tiny, "train-labels-idx1-ubyte": b"half"})
     put(tmp_path / "system", tiny)
@@ -220,9 +234,7 @@ def test_fetch_with_force_asks_again(tiny: dict[str, bytes], monkeypatch: pytest
 
 
 @pytest.mark.parametrize("fault", ["wrong content", "cut short"])
-def test_bad_download_is_not_trusted(
-    fault: str, tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_download_is_not_trusted(fault: str, tiny: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     served = {**tiny, "t10k-images-idx3-ubyte": b"else"} if fault == "wrong content" else tiny
     serve(monkeypatch, served, 10**6 if fault == "cut short" else None)
     clients(monkeypatch, lambda command, folder: "E: no")

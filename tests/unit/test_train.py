@@ -61,7 +61,7 @@ def test_uneven_last_batch_is_weighted_by_its_size() -> None:
     x, y = blobs(50)
     whole = nn.functional.cross_entropy(model(x), y)
     found = evaluate(model, (x, y), batch_size=32)
-    assert found.loss == pytest.approx(float(whole), rel=1e-5)
+    assert found.loss == pytest.approx(whole.item(), rel=1e-5)
     assert found.accuracy == pytest.approx(float((model(x).argmax(1) == y).float().mean()))
 
 
@@ -126,9 +126,7 @@ def test_best_can_be_restored_without_stopping() -> None:
 def test_regulariser_and_hook() -> None:
     plain, pulled, halted = network(), network(), network()
     train(plain, weight_decay=0.0)
-    history = train(
-        pulled, weight_decay=0.0, regularise=lambda m: 0.1 * sum(p.abs().sum() for p in m.parameters())
-    )
+    history = train(pulled, weight_decay=0.0, regularise=lambda m: 0.1 * sum(p.abs().sum() for p in m.parameters()))
     assert pulled[0].weight.abs().sum() < 0.7 * plain[0].weight.abs().sum()
     assert history.epochs[0].loss < 10  # the reported loss is without the penalty
     grads: list[float] = []
@@ -298,6 +296,25 @@ def test_same_seed_same_result_whatever_the_global_state() -> None:
     assert figures(first) == figures(second)
     train(c, validate=blobs(30, 2), seed=4)
     assert not same(a, c)
+
+
+def orders(seed: int) -> list[list[int]]:
+    """The order of the samples in each epoch."""
+    x, y = blobs(40)
+    model, seen = network(dropout=0.0), []
+    where = {bytes(row.numpy()): index for index, row in enumerate(x)}
+    model[0].register_forward_hook(lambda m, i, o: seen.extend(where[bytes(row.numpy())] for row in i[0]))
+    train(model, (x, y), epochs=2, seed=seed)
+    return [seen[:40], seen[40:]]
+
+
+def test_every_epoch_has_an_order_of_its_own_that_follows_the_seed() -> None:
+    first, second = orders(3)
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+    assert first != list(range(40))
+    assert orders(3) == [first, second]
+    assert orders(4)[0] != first
 
 
 def test_frozen_parameters_stay() -> None:

@@ -35,9 +35,7 @@ def load() -> Dataset:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
         parts = [
-            torch.from_numpy(arrays[f"{half}_{kind}"])
-            for half in ("train", "test")
-            for kind in ("images", "labels")
+            torch.from_numpy(arrays[f"{half}_{kind}"]) for half in ("train", "test") for kind in ("images", "labels")
         ]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: missing or damaged ({error}). Reinstall prunekern.") from error
