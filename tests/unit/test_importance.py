@@ -387,13 +387,31 @@ def test_a_flattened_channel_is_one_contribution() -> None:
     pairs = [
         pair
         for pair in CRITERIA["l2"](Evidence(groups))
-        if len(pair[0]) and bool(torch.isin(pair[0], groups.families[1].groups).all())
+        if bool(torch.isin(pair[0], groups.families[1].groups).all())
     ]
     assert [len(ids) for ids, _ in pairs] == [10] * 5  # weight, bias, gamma, beta, and the columns of fc1
     want = model.fc1.weight.detach().unflatten(1, (10, 16)).square().sum((0, 2)).sqrt()
     assert torch.allclose(
         dict(zip("wbgac", (s for _, s in pairs), strict=True))["c"].float(), want, rtol=1e-5
     )
+
+
+def test_a_group_of_two_channels_is_their_mean() -> None:
+    """A normalisation group leaves as a whole; filters and activations are averaged over its channels."""
+    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, CLASSES, 1)))
+    groups = grouped(model)
+    ids = groups.families[0].groups
+    assert groups.labels.axes["0.weight", 0].tolist() == ids.repeat_interleave(2).tolist()
+    rows, x = model[0].weight.detach().flatten(1), data()[0]
+    with torch.no_grad():
+        post = model[:3](x)
+    for name, want in (
+        ("fpgm", torch.stack([(rows - row).norm(dim=1).sum() for row in rows])),
+        ("activation", post.mean((0, 2, 3))),
+        ("apoz", (post != 0).float().mean((0, 2, 3))),
+    ):
+        values = score(groups, name, normalisation="none", batches=x).values[ids]
+        assert torch.allclose(values.float(), want.view(4, 2).mean(1), rtol=1e-4), name
 
 
 # ---- reductions and normalisations -------------------------------------------------------------------------
@@ -821,6 +839,15 @@ def test_nonsense_from_a_users_criterion_is_told(contribution: Any, match: str) 
 
     with pytest.raises(InputError, match=f"criterion 'mine': .*{match}"):
         score(grouped(lively(Planted())), mine)
+
+
+def test_what_must_stay_may_have_any_score() -> None:
+    def mine(evidence: Evidence) -> Iterator[tuple[Tensor, Tensor]]:
+        yield torch.tensor([0]), torch.tensor([torch.nan])
+        for family in evidence.groups:
+            yield family.groups, torch.ones(family.channels)
+
+    assert float(score(grouped(lively(Planted())), mine).values[0]) == torch.inf
 
 
 def test_overflow_of_a_product_is_told() -> None:

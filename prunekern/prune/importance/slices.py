@@ -8,19 +8,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunekern.core.labels import FIXED
 from prunekern.prune.importance.evidence import Contribution, Evidence, Weight
 
 
 def per_group(groups: Tensor, values: Tensor, how: Literal["sum", "mean"]) -> Contribution:
     """One entry per group: a channel may own several indices of an axis (the pixels behind a flatten).
 
-    groups: int64 [n]; values: [n], on any device. Groups that must stay are left out.
+    groups: int64 [n]; values: [n], on any device.
     """
     values = values.detach().to("cpu", torch.float64)
-    free = groups != FIXED
-    ids, inverse = torch.unique(groups[free], return_inverse=True)
-    total = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, inverse, values[free])
+    ids, inverse = torch.unique(groups, return_inverse=True)
+    total = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, inverse, values)
     if how == "mean":
         total /= torch.bincount(inverse, minlength=len(ids))
     return ids, total
