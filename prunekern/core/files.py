@@ -1,44 +1,49 @@
-"""Files that are whole or not there: written beside their place, then moved into it."""
+"""Files that are whole or not there: written beside their place, flushed to disk, then moved into it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from prunekern.errors import ArtefactError
 
+Content = bytes | Callable[[BinaryIO], object]
 
-def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` write a temporary file in the same folder, then put it in place in one step.
 
-    Raises ArtefactError (disk full, no permission, ...); what was at ``path`` before is then still there.
+def write_atomically(path: str | os.PathLike[str], content: Content) -> Path:
+    """Write ``content`` (bytes, or a function that writes to an open binary file) to ``path``, all or nothing.
+
+    Raises OSError (full disk, no permission) leaving what was there.
     """
-    path = Path(path)
-    temporary: str | None = None
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        fill(Path(temporary))
-        with open(temporary, "rb+") as file:
+        with temporary.open("wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def write_bytes(path: str | os.PathLike[str], content: Content) -> Path:
+    """The same for the library's own artefacts: makes the folder, and raises ArtefactError."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return write_atomically(path, content)
     except OSError as error:
-        raise ArtefactError(f"{path} could not be written: {error}. Nothing that was there before is lost; "
-                            "free some space or choose another folder.") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        raise ArtefactError(f"{path} could not be written: {error}. What was there before is still there; free some "
+                            "space or choose another folder.") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    write(path, lambda temporary: temporary.write_text(text))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    write(path, lambda temporary: temporary.write_bytes(data))
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """``write_bytes`` for text, in UTF-8."""
+    return write_bytes(path, text.encode())

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch.utils import _pytree as pytree
 
+from prunekern.core.files import write_atomically
 from prunekern.core.graph import Dim
 from prunekern.core.program import Activation, Epilogue, Program, Slot, Step
 from prunekern.errors import ArtefactError, LoweringError
@@ -103,21 +102,6 @@ def load_program(folder: Path) -> Program:
                             "folder.") from error
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, LoweringError) as error:
         raise ArtefactError(f"{folder} does not hold a Program that this version reads: {error}.") from error
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Either the old file or the whole new one is there, whatever happens."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read_head(file: Path) -> dict[str, Any]:

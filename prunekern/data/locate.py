@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from prunekern.core.files import write_atomically
 from prunekern.data import sources
 from prunekern.data.catalog import Spec, spec
 from prunekern.data.dataset import Dataset
-from prunekern.data.files import write_atomically
 from prunekern.data.formats import collect, decode
 from prunekern.errors import DataError
 

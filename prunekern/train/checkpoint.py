@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from prunekern.data.files import write_atomically
+from prunekern.core.files import write_atomically
 from prunekern.errors import ArtefactError
 
 FORMAT = "prunekern-training-1"

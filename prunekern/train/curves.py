@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunekern.data.files import write_atomically
+from prunekern.core.files import write_atomically
 from prunekern.errors import InputError
 from prunekern.train.history import History
 

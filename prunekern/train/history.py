@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekern.data.files import write_atomically
+from prunekern.core.files import write_atomically
 from prunekern.errors import ArtefactError
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from prunekern import data
+from prunekern.core.files import write_atomically
 from prunekern.data import embedded, formats
 from prunekern.data.dataset import Dataset, stratified
-from prunekern.data.files import write_atomically
 from prunekern.errors import DataError
 from tests.datasets import (
     idx,

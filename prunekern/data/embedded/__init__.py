@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from prunekern.core.files import write_atomically
 from prunekern.data.catalog import spec
 from prunekern.data.dataset import Dataset, stratified
-from prunekern.data.files import write_atomically
 from prunekern.errors import DataError
 
 SEED = 20170828
