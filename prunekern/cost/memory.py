@@ -126,8 +126,7 @@ def memory(graph: Graph) -> Memory:
         for index in indices:
             if index is not None:
                 ends[index] = max(ends[index], *readers)
-    given = set(graph.inputs)
-    return Memory(tuple(Buffer(node, index, size, 0 if node.name in given else starts[node], end)
+    return Memory(tuple(Buffer(node, index, size, starts[node], end)
                         for (node, index, size), end in zip(made, ends, strict=True)), of)
 
 
