@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from prunekern import train as training
 from prunekern.backends import Lowered
 from prunekern.backends import lower as lower_network
+from prunekern.core.plan import Plan
 from prunekern.errors import InputError, TargetError
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call, as_call, from_loader, infer
 from prunekern.graph.trace import check_model
 from prunekern.prune import schedule
 from prunekern.prune.importance import Criterion
-from prunekern.prune.oneshot import groups_of
+from prunekern.prune.oneshot import apply_plan, groups_of
+from prunekern.prune.rebuild import check_structure
 from prunekern.prune.recalibrate import recalibrate as recalibrate_norms
 from prunekern.prune.target import SHARES, Target
 from prunekern.result import Result
@@ -27,6 +29,7 @@ from prunekern.search import Trial, smallest
 from prunekern.summary import summarise
 
 Tell = Callable[[str], None]
+EXAMPLE_ROWS = 8        # of a loader's first batch: enough to trace and verify on
 FIT = {"epochs": 1, "lr": 0.01}
 
 
@@ -34,7 +37,7 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
              criterion: str | Criterion = "l2", reduction: str = "mean", normalisation: str = "mean",
              direction: str = "minimum", ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
              calibrate: Any = None, train: Any = None, validate: Any = None, test: Any = None,
-             steps: int = 1, fit: Mapping[str, Any] | None = None, recalibrate: bool = False,
+             steps: int = 1, fit: Mapping[str, Any] | None = None, recalibrate: bool = False, plan: Plan | None = None,
              loss: Callable[..., Tensor] | None = None, lower: bool = True, backend: str = "auto",
              checkpoint: str | Path | None = None, seed: int = 0, tell: Tell = lambda _: None) -> Result:
     """Shrink a trained network to a target, prove every cut, and lower the result to GEMMs.
@@ -49,13 +52,17 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     functions; ``train(model)`` may train in place itself, ``validate(model)`` and ``test(model)`` may return an
     accuracy themselves. Selection uses the validation data only; test data gives the last figure.
     steps: prune in so many equal ratios, training (``fit``: options of ``prunekern.train.fit``) in between.
+    plan: cut as it says (see ``prune.edit.edit_plan``), instead of choosing channels for a target.
     checkpoint: a folder; the same call continues from it after a kill. tell: called with progress lines.
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, LoweringError, UnknownName,
     BackendUnavailable, ArtefactError; the model is then as it was.
     """
-    target = target or Target(macs=0.5)
     check_model(model)
+    if plan is not None and (target is not None or steps != 1 or ignore):
+        raise TargetError("plan= says what is kept, so target=, steps= and ignore= do not combine with it; drop one "
+                          "or the other.")
+    target = target or Target(macs=0.5)
     notes: list[str] = []
     call = as_call(model, _example(model, example_inputs, (calibrate, train, validate, test), notes))
     tell("trace")
@@ -63,9 +70,12 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     plan_options = {"criterion": criterion, "reduction": reduction, "normalisation": normalisation,
                     "direction": direction, "ranking": ranking, "ignore": tuple(ignore), "round_to": round_to,
                     "calibrate": _batches(calibrate if calibrate is not None else train), "loss": loss, "seed": seed}
-    work = _Work(model, groups, plan_options, steps, train, validate, calibrate if recalibrate else None,
-                 {**FIT, **(fit or {})}, seed, Path(checkpoint) if checkpoint else None, tell)
-    outcome, metrics = work.accurate(target) if target.needs_evaluator else work.run(target, work.checkpoint)
+    work = _Work(model, groups, plan_options, steps, train, validate,
+                 _statistics(calibrate, train) if recalibrate else None,
+                 _fit_options(fit or {}, loss, seed), Path(checkpoint) if checkpoint else None, tell)
+    outcome = (work.planned(plan) if plan is not None else
+               work.accurate(target) if target.needs_evaluator else work.run(target, work.checkpoint))
+    metrics: dict[str, Any] = {}
     for name, data in (("validation", validate), ("test", test)):
         if data is not None:
             tell(f"measure on {name} data")
@@ -95,18 +105,29 @@ class _Work:
     validate: Any
     statistics: Any
     fit: Mapping[str, Any]
-    seed: int
     checkpoint: Path | None
     tell: Tell
-    dense: float = field(default=0.0)
 
-    def run(self, target: Target, checkpoint: Path | None) -> tuple[schedule.Outcome, dict[str, Any]]:
-        between = self._between(checkpoint) if self.train is not None or self.statistics is not None else None
-        outcome = schedule.run(self.model, self.groups, target, steps=self.steps, between=between,
-                               checkpoint=checkpoint, tell=self.tell, **self.options)
-        return outcome, {}
+    def run(self, target: Target, checkpoint: Path | None) -> schedule.Outcome:
+        return schedule.run(self.model, self.groups, target, steps=self.steps, between=self._between(checkpoint),
+                            checkpoint=checkpoint, tell=self.tell, **self.options)
 
-    def _between(self, checkpoint: Path | None) -> schedule.Between:
+    def planned(self, plan: Plan) -> schedule.Outcome:
+        """One step, as a plan says."""
+        self.tell("cut as planned")
+        pruned = apply_plan(self.model, None, plan, groups=self.groups, seed=self.options["seed"])
+        between = self._between(self.checkpoint)
+        if between is not None:
+            self.tell("train")
+        measured = between(pruned.model, 1) if between is not None else {}
+        step = schedule.Step(1, {}, pruned.plan.costs, pruned.proof, dict(measured))
+        check_structure(pruned.model, self.groups, pruned.plan)
+        return schedule.Outcome(pruned.model, pruned.plan, (step,), pruned.notes)
+
+    def _between(self, checkpoint: Path | None) -> schedule.Between | None:
+        if self.train is None and self.statistics is None:
+            return None
+
         def between(module: nn.Module, number: int) -> dict[str, Any]:
             found: dict[str, Any] = {}
             if self.statistics is not None:
@@ -127,11 +148,10 @@ class _Work:
         place = checkpoint / f"fit-{number}.ckpt" if checkpoint else None
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-        history = training.fit(module, self.train, progress=False, seed=self.seed, checkpoint=place,
-                               **{"loss": self.options["loss"], **self.fit})
+        history = training.fit(module, self.train, **{"checkpoint": place, **self.fit})
         return {"loss": history.final.loss} if history.final else {}
 
-    def accurate(self, target: Target) -> tuple[schedule.Outcome, dict[str, Any]]:
+    def accurate(self, target: Target) -> schedule.Outcome:
         """The smallest network that keeps the accuracy; shares in the target are upper bounds on its size."""
         if self.validate is None:
             raise TargetError("a target on accuracy or max_drop needs validate= (data or a function) to measure it.")
@@ -143,24 +163,42 @@ class _Work:
         def make(share: float) -> Trial[schedule.Outcome]:
             self.tell(f"try {share:.3f} of the MACs")
             folder = self.checkpoint / f"share-{share:.5f}" if self.checkpoint else None
-            outcome, _ = self.run(Target(macs=share), folder)
+            outcome = self.run(Target(macs=share), folder)
             return Trial(share, _accuracy(outcome.model, self.validate), outcome)
         best, trials = smallest(make, floor, dense=dense)
         tried = ", ".join(f"{t.share:.3f}: {t.accuracy:.4f}" for t in trials)
         outcome = best.result
         said = f"accuracy floor {floor:.4f}: the share of MACs was bisected (share: accuracy) {tried}"
         plan = outcome.plan.edited(target={**outcome.plan.target, **target.to_json()})
-        return schedule.Outcome(outcome.model, plan, outcome.steps, (*outcome.notes, said)), {}
+        return schedule.Outcome(outcome.model, plan, outcome.steps, (*outcome.notes, said))
 
-    def _bounded(self, target: Target, floor: float) -> tuple[schedule.Outcome, dict[str, Any]]:
+    def _bounded(self, target: Target, floor: float) -> schedule.Outcome:
         asked = {name: value for name, value in target.to_json().items() if name not in ("accuracy", "max_drop")}
-        outcome, metrics = self.run(Target(**asked), self.checkpoint)
+        outcome = self.run(Target(**asked), self.checkpoint)
         found = _accuracy(outcome.model, self.validate)
         if found < floor:
             shares = {name: round(outcome.plan.costs[name][1] / outcome.plan.costs[name][0], 4) for name in SHARES}
             raise TargetError(f"the combination is out of reach: at {shares} the validation accuracy is {found:.4f}, "
                               f"below the floor {floor:.4f}. Loosen one of them, or pass train= to fine-tune.")
-        return outcome, metrics
+        plan = outcome.plan.edited(target={**outcome.plan.target, **target.to_json()})
+        return schedule.Outcome(outcome.model, plan, outcome.steps, outcome.notes)
+
+
+def _statistics(calibrate: Any, train: Any) -> Any:
+    """The data that batch-norm statistics are estimated on."""
+    data = calibrate if calibrate is not None else train
+    if data is None or _takes_model(data):
+        raise InputError("recalibrate=True needs data: pass calibrate= (inputs or batches), or train= as data.")
+    return data
+
+
+def _fit_options(given: Mapping[str, Any], loss: Any, seed: int) -> dict[str, Any]:
+    """What ``train.fit`` is called with. Raises InputError for an option that it does not have."""
+    known = {name for name, p in inspect.signature(training.fit).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    wrong = sorted(given.keys() - known)
+    if wrong:
+        raise InputError(f"fit={{{wrong[0]!r}: ...}} is no option of training; known: {', '.join(sorted(known))}.")
+    return {**FIT, "progress": False, "seed": seed, "loss": loss, **given}
 
 
 def _example(model: nn.Module, given: Any, sources: Sequence[Any], notes: list[str]) -> Any:
@@ -169,7 +207,8 @@ def _example(model: nn.Module, given: Any, sources: Sequence[Any], notes: list[s
         return given
     for source in sources:
         if source is not None and not _takes_model(source):
-            return from_loader(_batches(source) or ())
+            call = as_call(model, from_loader(_batches(source) or ()))
+            return call.resized(min(call.batch or 1, EXAMPLE_ROWS))
     found = infer(model)
     notes.append(f"example inputs were inferred from the first layer: {tuple(found.shape)}, {found.dtype}")
     return found

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import owner, place, source, target_name
 from prunekern.core.labels import FIXED, Frozen, Plane, Planes, Tape, compact
-from prunekern.core.rule import numel
 from prunekern.errors import PrunekernError
 from prunekern.graph.groups import Groups, find_groups
 from prunekern.graph.labels import label
@@ -261,13 +260,16 @@ class _Scene:
             rule = REGISTRY.find(node.target) if node.op == "call_function" else None
             if rule is not None and (found := _macs(rule, node, shape)):
                 macs[node] = found
-                calls.setdefault((owner(node)[0] or self._weight(node) or node.name, target_name(node)), []).append(node)
+                name = owner(node)[0] or self._weight(node) or node.name
+                calls.setdefault((name, target_name(node)), []).append(node)
         all_macs = sum(macs.values()) or 1
-        state = {name for name, t in self.graph.tensors.items() if isinstance(t, nn.Parameter)}
-        all_params = sum(self.graph.tensors[name].numel() for name in state) or 1
-        seen: set[str] = set()
+        state: set[str | None] = {name for name, t in self.graph.tensors.items() if isinstance(t, nn.Parameter)}
+        sizes = {name: tensor.numel() for name, tensor in self.graph.tensors.items() if name in state}
+        all_params = sum(sizes.values()) or 1
+        seen: set[str | None] = set()
         for (name, op), nodes in calls.items():
-            own = {fqn for node in nodes for arg in node.all_input_nodes if (fqn := self.graph.fqn(arg)) in state} - seen
+            read = {self.graph.fqn(arg) for node in nodes for arg in node.all_input_nodes}
+            own = (read & state) - seen
             seen |= own
             raw = self._channels(nodes[0])
             fixed = self.component[raw] == self.component[FIXED]
@@ -276,7 +278,7 @@ class _Scene:
             names = self._families_of(nodes[0])
             yield Layer(name, op.removeprefix("aten."), len(raw), int((~fixed).sum()),
                         sum(macs[node] for node in nodes) / all_macs,
-                        sum(numel(self.graph.tensors[fqn].shape) for fqn in own) / all_params, names,
+                        sum(sizes[name] for name in own if name) / all_params, names,
                         self._why(held) if len(raw) else "has no channels of its own")
 
     def _weight(self, node: fx.Node) -> str:
@@ -328,15 +330,16 @@ class _Scene:
         for key, table in self.labels.axes.items():
             if table.dim() == 2 and key in {*self.labels.produced, *self.labels.consumed}:
                 free = int((table != FIXED).any(0).sum())
-                yield Rows("balanced", f"{key[0].rpartition('.')[0] or key[0]} (grouped)", *table.shape, free)
+                where = f"{key[0].rpartition('.')[0] or key[0]} (grouped)"
+                yield Rows("balanced", where, table.shape[0], table.shape[1], free)
         told: set[bytes] = set()
         for node, table in self.tape.meets:
             group = self.component[table.numpy()]
             if group.ndim == 2 and (seen := np.unique(group).tobytes()) not in told:
                 told.add(seen)
-                free = [bool((row != self.component[FIXED]).all()) for row in group]
-                if any(free) and all(len(np.unique(row)) == 1 for row in group) and len(np.unique(group)) > 1:
-                    yield Rows("heads", place(node), *group.shape, sum(free))
+                loose = int((group != self.component[FIXED]).all(1).sum())
+                if loose and all(len(np.unique(row)) == 1 for row in group) and len(np.unique(group)) > 1:
+                    yield Rows("heads", place(node), group.shape[0], group.shape[1], loose)
         for node in self.graph.nodes:
             if "scaled_dot_product_attention" in str(node.target):
                 query: Any = node.args[0]

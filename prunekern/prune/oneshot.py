@@ -20,7 +20,7 @@ from prunekern.prune.importance.score import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
 from prunekern.prune.rewrite import rewrite
 from prunekern.prune.slice import choice_of, plan_of, slice_module
-from prunekern.prune.target import Choice, Meter, Target, choose, ignored
+from prunekern.prune.target import Meter, Target, choose, ignored
 from prunekern.prune.units import make_units
 
 
@@ -75,16 +75,33 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
         with clock("label"):
             groups = find_groups(label(graph, REGISTRY))
     with clock("plan"):
-        blocked = ignored(groups, list(ignore))
-        scores = score(groups, criterion, reduction=reduction, normalisation=normalisation, direction=direction,
-                       batches=calibrate, loss=loss, seed=seed)
-        units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
-        choice = choose(groups, units, target, ranking=ranking)
-    details = {"criterion": scores.criterion, "ranking": ranking, **target.to_json()}
-    return cut(model, groups, choice, details, notes=scores.notes, clock=clock, seed=seed)
+        plan, keep = propose(groups, target, criterion=criterion, reduction=reduction, normalisation=normalisation,
+                             direction=direction, ranking=ranking, ignore=ignore, round_to=round_to,
+                             calibrate=calibrate, loss=loss, seed=seed)
+    return cut(model, groups, keep, plan, clock=clock, seed=seed)
 
 
-def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan, *, groups: Groups | None = None) -> Pruned:
+def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2", reduction: Reduction = "mean",
+            normalisation: Normalisation = "mean", direction: Direction = "minimum", ranking: str = "global",
+            ignore: Sequence[str] = (), round_to: int = 1, calibrate: Any = None,
+            loss: Callable[..., Tensor] | None = None, seed: int = 0) -> tuple[Plan, Tensor]:
+    """Which channels ``prune`` would keep, before anything is cut: (the plan, boolean [groups]).
+
+    Options: those of ``prune``. Raises TargetError, UnknownName, InputError.
+    """
+    _check_prunable(groups)
+    blocked = ignored(groups, list(ignore))
+    scores = score(groups, criterion, reduction=reduction, normalisation=normalisation, direction=direction,
+                   batches=calibrate, loss=loss, seed=seed)
+    units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
+    choice = choose(groups, units, target, ranking=ranking)
+    asked = {"criterion": scores.criterion, "ranking": ranking, **target.to_json()}
+    return plan_of(groups, choice.keep, costs=choice.costs, target=asked,
+                   notes=tuple(dict.fromkeys((*choice.notes, *scores.notes)))), choice.keep
+
+
+def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan, *, groups: Groups | None = None,
+               seed: int = 0) -> Pruned:
     """Slice a model as a (possibly hand-edited) plan says, and prove it.
 
     Raises PlanError where the plan belongs to another graph or contradicts itself.
@@ -92,38 +109,33 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan, *, groups: Gro
     if groups is None:
         groups = groups_of(model, example_inputs)
     keep = choice_of(groups, plan)
-    return cut(model, groups, Choice(keep, {}, plan.notes), dict(plan.target))
+    again = plan_of(groups, keep, costs=Meter(groups).change(keep), target=dict(plan.target), notes=plan.notes)
+    return cut(model, groups, keep, again, seed=seed)
 
 
-def cut(model: nn.Module, groups: Groups, choice: Choice, target: Mapping[str, Any], *,
-        notes: tuple[str, ...] = (), clock: Clock | None = None, seed: int = 0) -> Pruned:
-    """A choice made real: plan, slice, prove."""
+def cut(model: nn.Module, groups: Groups, keep: Tensor, plan: Plan, *, clock: Clock | None = None,
+        seed: int = 0) -> Pruned:
+    """A plan made real: slice, prove. keep: boolean [groups], what the plan keeps."""
     clock = clock or Clock()
-    keep = choice.keep
-    if not groups.families:
-        raise InputError("no prunable channels: " + ("; ".join(frozen_report(groups.labels)) or
-                         "every layer reads the input or writes the output") + ".")
-    with clock("plan"):
-        costs = choice.costs or _costs(Meter(groups), keep)
-        plan = plan_of(groups, keep, costs=costs, target=target, notes=choice.notes)
+    _check_prunable(groups)
     with clock("slice"):
         sliced = slice_module(model, groups, keep, REGISTRY)
     with clock("rewrite"):
         graph_form = rewrite(groups.labels, keep, sliced, REGISTRY)
     with clock("prove"):
         module, proof = prove(groups, keep, graph_form, sliced, seed)
-    said = (*choice.notes, *notes, *groups.graph.notes, *frozen_report(groups.labels), *proof.notes,
-            *(_unchanged(choice)))
+    said = (*plan.notes, *groups.graph.notes, *frozen_report(groups.labels), *proof.notes, *_unchanged(keep))
     return Pruned(module, plan, proof, groups, keep, tuple(dict.fromkeys(said)), dict(clock.seconds))
 
 
-def _costs(meter: Meter, keep: Tensor) -> dict[str, tuple[int, int]]:
-    after = meter.of(keep)
-    return {name: (meter.whole[name], after[name]) for name in after}
+def _check_prunable(groups: Groups) -> None:
+    if not groups.families:
+        raise InputError("no prunable channels: " + ("; ".join(frozen_report(groups.labels)) or
+                         "every layer reads the input or writes the output") + ".")
 
 
-def _unchanged(choice: Choice) -> list[str]:
-    return ["nothing was removed: the network already meets the target"] if bool(choice.keep.all()) else []
+def _unchanged(keep: Tensor) -> list[str]:
+    return ["nothing was removed: the network already meets the target"] if bool(keep.all()) else []
 
 
 class Clock:

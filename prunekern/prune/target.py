@@ -86,6 +86,11 @@ class Meter:
             return cache[node]
         return {name: getattr(self.costs, name)(shape) for name in SHARES}
 
+    def change(self, keep: Tensor) -> dict[str, tuple[int, int]]:
+        """name -> (before, after)."""
+        after = self.of(keep)
+        return {name: (self.whole[name], after[name]) for name in after}
+
     def meets(self, keep: Tensor, shares: Mapping[str, float]) -> bool:
         found = self.of(keep)
         return all(found[name] <= share * self.whole[name] for name, share in shares.items())
@@ -227,6 +232,5 @@ def _one(groups: Groups, units: Units, pattern: str) -> Tensor:
 
 
 def _result(meter: Meter, keep: Tensor, notes: tuple[str, ...]) -> Choice:
-    after = meter.of(keep)
-    return Choice(keep, {name: (meter.whole[name], after[name]) for name in SHARES}, notes)
+    return Choice(keep, meter.change(keep), notes)
 
