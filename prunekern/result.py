@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from prunekern.backends import Lowered
+from prunekern.core.files import replace_all
 from prunekern.core.plan import Plan
 from prunekern.errors import ArtefactError, UnsupportedOp
 from prunekern.graph.inputs import Call
@@ -88,17 +89,14 @@ class Result:
             manifest = {"format": FORMAT, "version": VERSION, "form": self.form, "notes": [*self.notes, *notes],
                         "inputs": _inputs_data(self.example), "steps": [step.to_json() for step in self.steps],
                         "metrics": dict(self.metrics), "training": self.model.training,
-                        "files": {str(p.relative_to(stage)): _digest(p.read_bytes()) for p in files}}
-            (stage / MANIFEST).write_text(json.dumps(manifest, indent=1, default=str))
-            for path in [*files, stage / MANIFEST]:
-                target = folder / path.relative_to(stage)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
+                        "files": {p.relative_to(stage).as_posix(): _digest(p.read_bytes()) for p in files}}
+            manifest = json.loads(json.dumps(manifest, default=str))
+            (stage / MANIFEST).write_text(json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1))
+            replace_all({folder / p.relative_to(stage): p for p in (*files, stage / MANIFEST)})
         except OSError as error:
             raise _unwritten(folder, error) from error
         finally:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(stage)
+            shutil.rmtree(stage, ignore_errors=True)
         return folder
 
     def _fill(self, stage: Path) -> list[str]:
@@ -127,40 +125,55 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "au
     """
     folder = Path(path)
     manifest = _manifest(folder)
-    plan = Plan.from_json(_json(folder, "plan.json"))
-    example = _inputs_from(manifest["inputs"])
+    with _reading(folder):
+        plan, example = Plan.from_json(_json(folder, "plan.json")), _inputs_from(manifest["inputs"])
+        steps = tuple(Step.from_json(step) for step in manifest["steps"])
+        report = Report.from_json((folder / "report.json").read_text())
+        weights = load_tensors((folder / "weights.safetensors").read_bytes())
     if model is not None:
         groups = groups_of(model, example.map(lambda t: t.to(_device(model))), allow_train=True)
-        weights = load_tensors((folder / "weights.safetensors").read_bytes())
         module, form = rebuild(model, groups, plan, manifest["form"], weights), str(manifest["form"])
     elif "graph.json" in manifest["files"]:
-        tensors = load_tensors((folder / "graph.safetensors").read_bytes())
-        module, form = from_data(_json(folder, "graph.json"), tensors), "graph"
+        with _reading(folder):
+            tensors = load_tensors((folder / "graph.safetensors").read_bytes())
+            module, form = from_data(_json(folder, "graph.json"), tensors), "graph"
     else:
         raise ArtefactError(f"{folder} holds no graph form; pass a fresh dense model: load(path, model=...).")
     module.train(bool(manifest["training"]))
     lowered = Lowered.load(folder / "program", backend) if "program/program.json" in manifest["files"] else None
-    steps = tuple(Step.from_json(step) for step in manifest["steps"])
-    report = Report.from_json((folder / "report.json").read_text())
     return Result(module, plan, form, steps, example, report, lowered, tuple(manifest["notes"]), manifest["metrics"])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
-        raise ArtefactError(f"{folder} holds no saved result (no {MANIFEST}).")
-    try:
+        raise ArtefactError(f"{folder} holds no saved result (no {MANIFEST}); pass the folder that Result.save wrote.")
+    with _reading(folder):
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise ArtefactError(f"{path} has format {manifest['format']!r}, version {manifest['version']!r}; this "
-                                f"prunekern reads {FORMAT} version {VERSION}.")
+                                f"prunekern reads {FORMAT} version {VERSION}; load it with the one that saved it.")
+        if manifest.pop("sha256") != _seal(manifest):
+            raise ArtefactError(f"{path} is not what was saved (truncated or altered); save it again.")
         for name, digest in manifest["files"].items():
             if _digest((folder / name).read_bytes()) != digest:
                 raise ArtefactError(f"{folder / name} is not what was saved (truncated or altered); save it again.")
         return dict(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while files are understood, the artefact is to blame."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
         raise ArtefactError(f"{folder} is incomplete or damaged ({type(error).__name__}: {error}); "
                             "save it again.") from error
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The digest of a manifest, however it is laid out."""
+    return _digest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _json(folder: Path, name: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,3 +49,38 @@ def write_bytes(path: str | os.PathLike[str], content: Content) -> Path:
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """``write_bytes`` for text, in UTF-8."""
     return write_bytes(path, text.encode())
+
+
+def replace_all(staged: Mapping[Path, Path]) -> None:
+    """Move finished files into place, all or none. staged: target -> the file to move there, in this order.
+
+    On any failure what was there before is put back, and the OSError goes on. Both must be on one file system.
+    """
+    old: dict[Path, Path | None] = {}
+    try:
+        for target, source in staged.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            old[target] = _second_name(target)
+            os.replace(source, target)
+    except BaseException:
+        for target, copy in old.items():
+            with contextlib.suppress(FileNotFoundError):
+                target.unlink() if copy is None else os.rename(copy, target)
+        raise
+    finally:
+        for copy in old.values():
+            if copy is not None:
+                copy.unlink(missing_ok=True)
+
+
+def _second_name(path: Path) -> Path | None:
+    """Another name for the file at ``path``, under which it survives being replaced; None where there is none."""
+    if not path.exists():
+        return None
+    spare = path.with_name(f".{path.name}.{os.getpid()}.old")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:                     # file systems without hard links
+        shutil.copy2(path, spare)
+    return spare
