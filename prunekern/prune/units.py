@@ -177,19 +177,15 @@ def _by_program(counts: list[np.ndarray], free: np.ndarray, cost: np.ndarray) ->
     made: list[np.ndarray] = []
     n = len(cost)
     scaled = cost - cost[np.isfinite(cost)].min() + 1e-6 * (1 + abs(cost[np.isfinite(cost)]).max())
-    rows = [np.concatenate([count.T, -np.ones((count.shape[1], 1)) * (np.arange(len(counts)) == i)], axis=1)
-            for i, count in enumerate(counts)]
-    balance = LinearConstraint(np.concatenate(rows), 0, 0)
-    some = LinearConstraint(np.concatenate([np.ones(n), np.zeros(len(counts))]), 1, np.inf)
-    while free.sum() and len(made) < 256:
-        bounds = Bounds(0, np.concatenate([free.astype(float), np.full(len(counts), np.inf)]))
-        result = milp(np.concatenate([np.where(np.isfinite(scaled), scaled, 0), np.zeros(len(counts))]),
-                      constraints=[balance, some], bounds=bounds,
-                      integrality=np.concatenate([np.ones(n), np.zeros(len(counts))]),
-                      options={"time_limit": 10.0})
+    # Each row equals the next: no free "how many" variable, with which HiGHS was seen to loop for ever.
+    balance = LinearConstraint(np.concatenate([np.diff(count.T, axis=0) for count in counts]), 0, 0)
+    some = LinearConstraint(np.ones((1, n)), 1, np.inf)
+    while free.any() and len(made) < 256:
+        result = milp(np.where(np.isfinite(scaled), scaled, 0), constraints=[balance, some],
+                      bounds=Bounds(0, free.astype(float)), integrality=np.ones(n), options={"time_limit": 10.0})
         if result.x is None:
             break
-        bundle = np.flatnonzero(result.x[:n] > 0.5)
+        bundle = np.flatnonzero(result.x > 0.5)
         made.append(bundle)
         free[bundle] = False
     return made
