@@ -1,0 +1,186 @@
+"""``prunekern compress`` and ``prunekern plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunekern.api import compress as compress_network
+from prunekern.cli.console import Out
+from prunekern.cli.options import (
+    BACKEND,
+    CRITERION,
+    DATA,
+    INPUT,
+    JSON,
+    QUIET,
+    SEED,
+    TARGET,
+    THREADS,
+    examples,
+    number,
+    pairs,
+)
+from prunekern.cli.target import load_sets, load_target, need_example
+from prunekern.core.plan import Plan
+from prunekern.errors import TargetError
+from prunekern.graph.groups import Groups
+from prunekern.prune.edit import edit_plan
+from prunekern.prune.oneshot import groups_of, propose
+from prunekern.prune.slice import choice_of
+from prunekern.prune.target import Target
+from prunekern.report import Figure, Report, Table
+from prunekern.result import Result
+from prunekern.summary import UNITS
+
+MACS = Annotated[float | None, typer.Option("--macs", help="Share of the MACs that remains at most, e.g. 0.5.")]
+PARAMS = Annotated[float | None, typer.Option("--params", help="The same of the parameters.")]
+BYTES = Annotated[float | None, typer.Option("--bytes", help="The same of the bytes of parameters and buffers.")]
+LAYER = Annotated[list[str] | None, typer.Option("--layer", metavar="GLOB=SHARE",
+                                                 help="Share of these layers' channels that remains; repeatable.")]
+RANKING = Annotated[str, typer.Option("--ranking", help="global: the least important anywhere go first; layer: the "
+                                                        "same share everywhere.")]
+IGNORE = Annotated[list[str] | None, typer.Option("--ignore", metavar="GLOB", help="Layers left alone; repeatable.")]
+ROUND_TO = Annotated[int, typer.Option("--round-to", min=1, help="Channels kept are multiples of this.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=examples(
+        "prunekern compress models:resnet --input 1x3x224x224 --macs 0.5 --out small",
+        "prunekern compress models:net --data fashion-mnist --max-drop 1 --epochs 2",
+        "prunekern compress models:net --layer 'stage3.*=0.25' --ignore 'stage1.*' --round-to 8",
+        "prunekern compress models:net --plan plan.json --out small"))(compress)
+    app.command(epilog=examples(
+        "prunekern plan models:net --macs 0.5 --out plan.json",
+        "prunekern plan models:net --from plan.json --remove conv1=0,3 --keep conv2=5 --out edited.json",
+        "prunekern compress models:net --plan edited.json"))(plan)
+
+
+def compress(
+        target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
+        accuracy: Annotated[float | None, typer.Option(
+            "--accuracy", help="Smallest network with at least this validation accuracy, 0..1; needs --data.")] = None,
+        max_drop: Annotated[float | None, typer.Option(
+            "--max-drop", help="The same, as points lost at most; needs --data.")] = None,
+        plan: Annotated[Path | None, typer.Option("--plan", help="Cut as this plan says; see prunekern plan.")] = None,
+        criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
+        steps: Annotated[int, typer.Option("--steps", min=1, help="Prune in so many steps, training between.")] = 1,
+        input: INPUT = None, data: DATA = None,
+        epochs: Annotated[int, typer.Option("--epochs", min=0, help="Of training after each step; with --data.")] = 1,
+        lr: Annotated[float, typer.Option("--lr", help="Learning rate of that training.")] = 0.01,
+        recalibrate: Annotated[bool, typer.Option(
+            "--recalibrate", help="Estimate batch-norm statistics again after each step; with --data.")] = False,
+        lower: Annotated[bool, typer.Option("--lower/--no-lower", help="Also turn the result into GEMMs.")] = True,
+        backend: BACKEND = "auto",
+        out: Annotated[Path | None, typer.Option("--out", help="Folder for the result and its report.")] = None,
+        checkpoint: Annotated[Path | None, typer.Option(
+            "--checkpoint", help="Folder to continue from after a kill.")] = None,
+        seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+    """Shrink a network to a target, prove every cut, lower it, and report.
+
+    Targets say what [bold]remains[/bold] and may be combined; without one, half of the MACs. With --data the network
+    is trained for --epochs after each step (0: not at all) and measured on validation and test images.
+    """
+    say = Out(json, quiet)
+    goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer, accuracy=accuracy, max_drop=max_drop)
+    if data is None and (accuracy is not None or max_drop is not None or recalibrate):
+        raise TargetError("--accuracy, --max-drop and --recalibrate need --data to measure on; add --data NAME.")
+    if goal is None and plan is None:
+        say.remark("no target given: half of the MACs")
+    given = Plan.load(plan) if plan else None
+    loaded = load_target(target, input or (), say, seed=seed, threads=threads)
+    sets = load_sets(data, say, seed)
+    parts: dict[str, Any] = {}
+    if sets is not None:
+        parts = {"calibrate": sets.train[0][:1024], "validate": sets.validate, "test": sets.test,
+                 "train": sets.train if epochs else None}
+    with say.stages() as tell:
+        result = compress_network(
+            loaded.model, loaded.example, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
+            round_to=round_to, steps=steps, fit={"epochs": epochs, "lr": lr, "progress": say.live},
+            recalibrate=recalibrate, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
+            tell=tell, **parts)
+        if out is not None:
+            tell(f"save to {out}")
+            result.save(out)
+            result.report.save(out / "report")
+    say.result(result.report, {**facts(result), "saved": str(out) if out else None})
+    if out is not None:
+        again = f", model={target.rpartition(':')[2]}()" if loaded.result is None else ""
+        say.remark(f"load it with prunekern.load({str(out)!r}{again}); the report is {out / 'report' / 'index.html'}")
+
+
+def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
+         criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
+         start: Annotated[Path | None, typer.Option("--from", help="Start with this plan.")] = None,
+         remove: Annotated[list[str] | None, typer.Option(
+             "--remove", metavar="LAYER=I,J", help="Output channels that go, with all that leaves with them.")] = None,
+         keep: Annotated[list[str] | None, typer.Option(
+             "--keep", metavar="LAYER=I,J", help="Output channels that stay.")] = None,
+         input: INPUT = None,
+         out: Annotated[Path | None, typer.Option("--out", help="File for the plan (JSON).")] = None,
+         seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+    """List the families of channels, choose what to keep, edit it; cut nothing.
+
+    Without a target or an edit the families are listed as they are. The file goes to compress --plan.
+    """
+    say = Out(json, quiet)
+    goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer)
+    if goal is not None and start is not None:
+        raise TargetError("--from starts with a plan, so --macs, --params, --bytes and --layer do not combine with it.")
+    given = Plan.load(start) if start else None
+    loaded = load_target(target, input or (), say, seed=seed, threads=threads)
+    groups = groups_of(loaded.model, need_example(loaded))
+    if goal is not None:
+        given, _ = propose(groups, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
+                           round_to=round_to, seed=seed)
+    if given is None or remove or keep:
+        given = edit_plan(groups, given, remove=_channels("--remove", remove), keep=_channels("--keep", keep))
+    if out is not None:
+        given.save(out)
+        say.remark(f"written to {out}; cut it with: prunekern compress {target} --plan {out}")
+    say.result(_plan_report(type(loaded.model).__name__, groups, given), given.to_json())
+
+
+def _goal(layer: list[str] | None, **asked: Any) -> Target | None:
+    layers = {glob: number("--layer", share, float)
+              for glob, share in pairs("--layer", layer or (), "GLOB=SHARE, e.g. 'conv*=0.5'").items()}
+    asked["layers"] = layers or None
+    return Target(**asked) if any(value is not None for value in asked.values()) else None
+
+
+def _channels(option: str, texts: list[str] | None) -> dict[str, list[int]]:
+    return {name: [number(option, part, int) for part in value.split(",")]
+            for name, value in pairs(option, texts or (), "LAYER=I,J, e.g. conv1=0,3").items()}
+
+
+def _plan_report(model: str, groups: Groups, plan: Plan) -> Report:
+    keep = choice_of(groups, plan)
+    rows = []
+    for family in groups:
+        kept = int(keep[family.groups].sum())
+        members = ", ".join(map(str, family.members[:4]))
+        more = f" and {len(family.members) - 4} more" if len(family.members) > 4 else ""
+        rows.append((family.name, family.channels, kept, members + more))
+    figures = [Figure(f"{UNITS[name]} left", after / before, "fraction", f"{before:,} to {after:,}")
+               for name, (before, after) in plan.costs.items() if before]
+    return Report(title=f"{model}: plan", subtitle=f"for graph {plan.graph}; nothing has been cut",
+                  headline=tuple(figures), notes=plan.notes,
+                  tables=(Table("Families: channels that leave together, one from each member",
+                                ("family", "channels", "kept", "members"), tuple(rows)),))
+
+
+def facts(result: Result) -> dict[str, Any]:
+    """A Result as plain data, without weights and indices."""
+    proof, checked = result.proof, result.lowered.verification if result.lowered else None
+    return {
+        "model": type(result.model).__name__, "form": result.form,
+        "costs": {name: {"before": before, "after": after, "share": after / before if before else None}
+                  for name, (before, after) in result.plan.costs.items()},
+        "metrics": dict(result.metrics), "proof": proof.to_json() if proof else None,
+        "steps": [{"number": s.number, "shares": dict(s.shares), "measured": dict(s.measured)} for s in result.steps],
+        "lowered": {"backend": result.lowered.backend, "error": checked.error if checked else None,
+                    "torch_error": checked.torch_error if checked else None} if result.lowered else None,
+        "target": dict(result.plan.target), "notes": list(result.notes)}

@@ -1,0 +1,103 @@
+"""``prunekern lower`` and ``prunekern bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from prunekern.analysis.latency import measure
+from prunekern.backends import Lowered
+from prunekern.backends import lower as lower_network
+from prunekern.backends.explain import Explanation
+from prunekern.cli.console import Out
+from prunekern.cli.options import BACKEND, INPUT, JSON, QUIET, SEED, TARGET, THREADS, examples
+from prunekern.cli.target import load_target, need_example
+from prunekern.errors import InputError
+from prunekern.graph.inputs import Call, as_call
+from prunekern.report import Figure, LatencyRow, Report, Table
+from prunekern.summary import environment
+
+BASELINE = "eager PyTorch"
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog=examples(
+        "prunekern lower models:net --input 1x3x224x224",
+        "prunekern lower small --time --save lowered"))(lower)
+    app.command(epilog=examples(
+        "prunekern bench models:net --input 1x3x224x224 --threads 2",
+        "prunekern bench small --batch 1 --batch 64 --seconds 5 --json"))(bench)
+
+
+def lower(target: TARGET, input: INPUT = None, backend: BACKEND = "auto",
+          time: Annotated[bool, typer.Option("--time", help="Measure every step too, against this machine's limits.")
+                          ] = False,
+          save: Annotated[Path | None, typer.Option("--save", help="Folder for the Program and its weights.")] = None,
+          seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+    """Turn a network into planned GEMMs, hold it to the original, and explain every step."""
+    say = Out(json, quiet)
+    loaded = load_target(target, input or (), say, seed=seed, threads=threads)
+    call = as_call(loaded.model, need_example(loaded))
+    with say.stages() as tell:
+        tell("lower and verify")
+        lowered = lower_network(loaded.model, call, backend=backend)
+        tell("explain")
+        steps = lowered.explain(*call.args, time=time, **call.kwargs)
+        if save is not None:
+            tell(f"save to {save}")
+            lowered.save(save)
+    checked = lowered.verification
+    data = {"backend": lowered.backend, "reason": lowered.reason, "verification": checked and checked.to_json(),
+            "explanation": steps.to_json(), "saved": str(save) if save else None}
+    say.result(_lower_report(type(loaded.model).__name__, lowered, steps), data)
+
+
+def _lower_report(model: str, lowered: Lowered, steps: Explanation) -> Report:
+    timed = steps.roof is not None
+    columns = ["step", "op", "MxNxK", "algorithm", "MACs", *(["µs", "of roof"] if timed else []), "epilogue"]
+    rows: list[tuple[Any, ...]] = []
+    for row in steps.rows:
+        time = [f"{(row.seconds or 0) * 1e6:.1f}", f"{row.roofline or 0:.0%}"] if timed else []
+        macs = f"{row.macs:,}" if row.macs else None
+        rows.append((row.step, row.op, row.gemm, row.algorithm, macs, *time, row.epilogue))
+    figures = [Figure("backend", lowered.backend, detail=lowered.reason), Figure("MACs", steps.macs, "MACs"),
+               Figure("memory", steps.arena)]
+    if timed:
+        figures.append(Figure("time in steps", (steps.seconds or 0) * 1e6, "µs", str(steps.roof)))
+    if lowered.verification is not None:
+        figures.append(Figure("verified", f"error {lowered.verification.error:.1e}", detail=str(lowered.verification)))
+    return Report(title=f"{model}, lowered", subtitle=f"batch {steps.batch}", headline=tuple(figures),
+                  tables=(Table("Steps", tuple(columns), tuple(rows)),), notes=steps.notes)
+
+
+def bench(target: TARGET, input: INPUT = None, backend: BACKEND = "auto",
+          batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeatable.")] = None,
+          seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="For each contender and batch.")] = 2.0,
+          seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+    """Time a network against its lowered form, taking turns: p20, p50, p80."""
+    say = Out(json, quiet)
+    loaded = load_target(target, input or (), say, seed=seed, threads=threads)
+    call = as_call(loaded.model, need_example(loaded))
+    rows: list[LatencyRow] = []
+    with say.stages() as tell:
+        tell("lower and verify")
+        lowered = lower_network(loaded.model, call, backend=backend)
+        for size in batch or [call.batch or 1]:
+            if lowered.program.batch not in (None, size):
+                raise InputError(f"the forward fixes its batch at {lowered.program.batch}, so batch {size} cannot be "
+                                 "measured; leave --batch out.")
+            tell(f"measure at batch {size}")
+            rows += _rows(loaded.model, lowered, call.resized(size), size, seconds)
+    report = Report(title=f"{type(loaded.model).__name__}: latency", subtitle=f"{torch.get_num_threads()} threads, "
+                    f"{seconds:g} s for each, taking turns", latency=tuple(rows), environment=environment())
+    say.result(report, {"rows": [vars(row) for row in rows], "environment": environment()})
+
+
+def _rows(model: torch.nn.Module, lowered: Lowered, call: Call, size: int, seconds: float) -> list[LatencyRow]:
+    contenders = {BASELINE: lambda: model(*call.args, **call.kwargs),
+                  f"lowered ({lowered.backend})": lambda: lowered(*call.args, **call.kwargs)}
+    found = measure(contenders, seconds=seconds)
+    return [LatencyRow(row.name, size, row.p20, row.p50, row.p80, found[0].p50 / row.p50, BASELINE) for row in found]
