@@ -6,7 +6,7 @@ most one epoch; a finished one reports at once.
 
 from __future__ import annotations
 
+from prunekern.recipes.fashion_mnist.pipeline import Outcome, run
 from prunekern.recipes.fashion_mnist.protocol import DEFAULT, FULL, Protocol, Stage
-from prunekern.recipes.fashion_mnist.run import Outcome, run
 
 __all__ = ["DEFAULT", "FULL", "Outcome", "Protocol", "Stage", "run"]

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from prunekern.errors import PrunekernError
-from prunekern.recipes.fashion_mnist.run import run
+from prunekern.recipes.fashion_mnist.pipeline import run
 
 
 def main() -> int:

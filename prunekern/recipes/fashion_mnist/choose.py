@@ -21,9 +21,9 @@ class Pick:
     reached: bool
 
 
-RULE = ("Chosen is the network with the fewest MACs among those above the floor on the validation split (ties: the more "
-        "accurate there); undone steps count too, since their networks exist. The test set has no say in this but one: "
-        "a network that misses the floor on it is passed over for the next on validation, and is named here.")
+RULE = ("Chosen is the network with the fewest MACs among those above the floor on the validation split (ties: the "
+        "more accurate there); undone steps count too, since their networks exist. The test set has no say in this "
+        "but one: a network that misses the floor on it is passed over for the next on validation, and is named here.")
 
 
 def choose(records: Sequence[Record], floor: float) -> Pick:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from prunekern.report import LatencyRow
 
 CHUNK = 1000
 BASELINE = "original, eager"
+
+Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,17 @@ def latencies(contenders: Mapping[str, Callable[[Tensor], Tensor]], images: Tens
     that what disturbs the machine disturbs all of them.
     """
     names = list(contenders)
-    rows = []
+    rows: list[LatencyRow] = []
     for batch, count in zip(batches, rounds, strict=True):
         inputs = images[torch.arange(batch) % len(images)].contiguous()
         times = _interleaved([contenders[name] for name in names], inputs, count)
-        quantiles = {name: np.quantile(times[:, i], (0.2, 0.5, 0.8)) * 1e6 for i, name in enumerate(names)}
-        base = float(quantiles[names[0]][1])
-        rows += [LatencyRow(name, batch, *map(float, quantiles[name]), speedup=base / float(quantiles[name][1]),
-                            baseline=names[0]) for name in names]
+        quantiles = (1e6 * np.quantile(times, (0.2, 0.5, 0.8), axis=0)).T.tolist()
+        rows += [LatencyRow(name, batch, p20, p50, p80, quantiles[0][1] / p50, names[0])
+                 for name, (p20, p50, p80) in zip(names, quantiles, strict=True)]
     return rows
 
 
-def _interleaved(calls: Sequence[Callable[[Tensor], Tensor]], inputs: Tensor, rounds: int) -> np.ndarray:
+def _interleaved(calls: Sequence[Callable[[Tensor], Tensor]], inputs: Tensor, rounds: int) -> Times:
     """Seconds per call, [rounds, contenders]."""
     times = np.empty((rounds, len(calls)))
     with torch.inference_mode():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -54,11 +56,12 @@ def example() -> Tensor:
 
 def fvcore_macs(model: nn.Module) -> int | None:
     """MACs of one image as fvcore counts them; None where it is not installed."""
-    try:
-        from fvcore.nn import FlopCountAnalysis
-    except ImportError:
-        return None
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # what fvcore uses of torch is deprecated
+        try:
+            from fvcore.nn import FlopCountAnalysis
+        except ImportError:
+            return None
         analysis = FlopCountAnalysis(model, torch.zeros(1, 1, SIDE, SIDE))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         return int(analysis.total())

@@ -19,7 +19,7 @@ from prunekern.core.plan import Plan
 from prunekern.errors import ArtefactError
 from prunekern.prune.prove import Proof
 from prunekern.prune.rebuild import fill
-from prunekern.recipes.fashion_mnist.network import FashionNet, Widths
+from prunekern.recipes.fashion_mnist.network import LAYERS, FashionNet, Widths
 from prunekern.train import History
 
 VERSION = 1
@@ -61,7 +61,7 @@ class Record:
     @property
     def left(self) -> int:
         """Channels of the layer that this step worked on."""
-        return self.widths[("conv1", "conv2", "fc1").index(self.layer)]
+        return self.widths[LAYERS.index(self.layer)]
 
 
 @dataclass(frozen=True)

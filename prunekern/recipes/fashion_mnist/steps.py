@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from prunekern.core.plan import Plan
 from prunekern.cost import profile
 from prunekern.data.dataset import Dataset, Pair
+from prunekern.errors import PlanError
 from prunekern.graph.groups import Groups
 from prunekern.prune.compose import compose
 from prunekern.prune.oneshot import Pruned, groups_of, prune
@@ -168,10 +169,11 @@ def widths_of(model: FashionNet) -> Widths:
 
 def _shrunk(pruned: Pruned, before: Widths, layer: str, taken: int) -> FashionNet:
     """The pruned network; it is the user's own class here, and has lost what was asked for."""
-    model = pruned.model
-    assert isinstance(model, FashionNet)
     wanted = tuple(width - taken * (name == layer) for name, width in zip(LAYERS, before, strict=True))
-    assert widths_of(model) == wanted, f"{widths_of(model)} is left, not {wanted}"
+    model = pruned.model
+    if not isinstance(model, FashionNet) or widths_of(model) != wanted:
+        raise PlanError(f"{layer}: pruning left a {type(model).__name__} of other widths than {wanted}; "
+                        f"{'; '.join(pruned.proof.notes) or 'its proof says nothing of it'}.")
     return model
 
 

@@ -144,7 +144,8 @@ def _series(history: History, train: str, validation: str) -> dict[str, tuple[tu
 
 def _proof(found: Findings) -> Proof:
     proofs = [step.proof for step in found.steps if step.proof is not None]
-    records, whole, checks = found.records, found.composed.proof, {}
+    records, whole = found.records, found.composed.proof
+    checks: dict[str, Check] = {}
     if proofs:
         checks |= {
             "Pruned = masked, randomised weights": Check(
@@ -177,7 +178,8 @@ def _counter_check(records: Sequence[Record]) -> dict[str, Check]:
 
 
 def _lowered_checks(found: Findings) -> dict[str, Check]:
-    a, chosen, checks = found.agreement, found.pick.chosen, {}
+    a, chosen = found.agreement, found.pick.chosen
+    checks: dict[str, Check] = {}
     verification = found.lowered.verification
     if verification is not None and verification.steps:
         worst = max(verification.steps, key=lambda check: check.error / check.limit)
@@ -189,7 +191,7 @@ def _lowered_checks(found: Findings) -> dict[str, Check]:
         "Lowered, all test images": Check(
             a.error, a.limit, f"Largest difference from fp64 over the largest output, {a.images:,} images."),
         "PyTorch's own error there": Check(a.torch_error, None, "For comparison: eager fp32 against fp64."),
-        "Same predictions": Check(a.same, a.images, "Test images on which lowered and eager name the same class.", "=="),
+        "Same predictions": Check(a.same, a.images, "Test images on which lowered and eager name one class.", "=="),
         "Same accuracy": Check(a.lowered_accuracy, a.eager_accuracy, "Lowered on all test images against eager.", "==",
                                "fraction"),
         "Accuracy as recorded": Check(a.eager_accuracy, chosen.test, "Measured again against the table's.", "==",
@@ -239,14 +241,14 @@ def _notes(found: Findings) -> tuple[str, ...]:
         "pruning, after retraining. The pruning drop is the first minus the last: what this step alone costs.",
         f"A step that costs more than {p.drop_limit:g} points is recorded and undone, and its stage ends. "
         + _ends(records),
-        "The inputs of FC 10 are the outputs of FC 100: a neuron leaves both layers at once. The last stage goes on with "
-        "those that are left, ranked by what FC 10 reads of them instead of by their incoming weights.",
+        "The inputs of FC 10 are the outputs of FC 100: a neuron leaves both layers at once. The last stage goes on "
+        "with those that are left, ranked by what FC 10 reads of them instead of by their incoming weights.",
         RULE, _picked(found)]
     if all(record.fvcore_macs is None for record in records):
         notes.append("fvcore is not installed, so MACs were not checked against it: pip install fvcore.")
     if pick.chosen.number and not pick.chosen.accepted:
-        notes.append(f"The chosen network comes from a step that was undone ({pick.chosen.drop:.2f} points at once), so "
-                     "the pruning went on without it.")
+        notes.append(f"The chosen network comes from a step that was undone ({pick.chosen.drop:.2f} points at once), "
+                     "so the pruning went on without it.")
     notes.append(f"Latency: interleaved in one process, {found.environment.get('threads', '?')} threads; speed-ups are "
                  f"against “{BASELINE}”. Backend {found.lowered.backend}: {found.lowered.reason}.")
     return tuple(notes)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from prunekern.backends import Lowered
 from prunekern.core.files import write_text
 from prunekern.core.plan import Plan
 from prunekern.data import Dataset, load, stratified
-from prunekern.errors import ArtefactError, InputError
+from prunekern.errors import InputError
 from prunekern.graph.inputs import Call
 from prunekern.prune.oneshot import apply_plan
 from prunekern.prune.schedule import Step as ResultStep
@@ -100,7 +101,7 @@ def _finish(work: Study, data: Dataset, steps: Sequence[Stored], tell: Teller) -
         protocol, data, work.seed, len(work.splits.validation[1]), steps, pick,
         apply_plan(original, example(), Plan(chosen.plan.graph, chosen.plan.kept), groups=None),
         layer_rows(work.groups, chosen.plan), lowered, agreement(model, lowered, work.splits.test),
-        _latency(store, pick.chosen, protocol, lowered, work), environment(), _command())
+        _latency(work, records[0], pick.chosen, lowered), environment(), _command())
     report = report_of(findings)
     result = Result(model, chosen.plan, "class", _lineage(steps, chosen), Call((example(),), {}), report, lowered,
                     metrics={"validation accuracy": pick.chosen.after_retraining, "test accuracy": pick.chosen.test})
@@ -121,8 +122,9 @@ def _lineage(steps: Sequence[Stored], chosen: Stored) -> tuple[ResultStep, ...]:
                  for number, step in enumerate(line, 1) if step.proof is not None)
 
 
-def _latency(store: Store, chosen: Record, protocol: Protocol, lowered: Lowered, work: Study) -> tuple[LatencyRow, ...]:
+def _latency(work: Study, original: Record, chosen: Record, lowered: Lowered) -> tuple[LatencyRow, ...]:
     """Measured once per chosen network, backend and number of threads, and kept in latency.json."""
+    store, protocol = work.store, work.protocol
     setting = {"version": VERSION, "chosen": chosen.number, "backend": lowered.backend,
                "threads": torch.get_num_threads(), "batches": list(protocol.batches), "rounds": list(protocol.rounds)}
     path = store.folder / "latency.json"
@@ -132,19 +134,11 @@ def _latency(store: Store, chosen: Record, protocol: Protocol, lowered: Lowered,
             return tuple(LatencyRow(**row) for row in found["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    original, model = store.model(work_original(store)), store.model(chosen)
-    contenders = {BASELINE: original, "chosen, eager": model, lowered_name(lowered): lowered}
+    contenders: dict[str, Callable[[Tensor], Tensor]] = {
+        BASELINE: store.model(original), "chosen, eager": store.model(chosen), lowered_name(lowered): lowered}
     rows = latencies(contenders, work.splits.test[0], protocol.batches, protocol.rounds)
     write_text(path, json.dumps({"setting": setting, "rows": [asdict(row) for row in rows]}, indent=1))
     return tuple(rows)
-
-
-def work_original(store: Store) -> Record:
-    """The record of the original network."""
-    first = store.read(0)
-    if first is None:
-        raise ArtefactError(f"{store.step(0)} is missing; run the study again.")
-    return first.record
 
 
 def _dataset(data: str | Path | Dataset | None, subset: tuple[int, int] | None, seed: int, progress: bool) -> Dataset:
