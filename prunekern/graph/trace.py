@@ -35,7 +35,6 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -
     call = as_call(model, example_inputs)
     check_devices(model, call)
     example_batch = call.batch
-    call = call.doubled()
     with _quiet():
         return _capture(model, call, example_batch or 1)
 
@@ -76,26 +75,29 @@ def check_devices(model: nn.Module, call: Call) -> None:
 
 
 def _capture(model: nn.Module, call: Call, example_batch: int) -> Graph:
+    """Free batch first; then fixed, at two for a batch of one; then the batch of one itself."""
+    wide = call.doubled()
+    fixed = "the forward fixes its batch size; the graph holds for batch {} only"
+    ways: list[tuple[Call, Any, tuple[str, ...]]] = [(wide, None, (fixed.format(wide.batch),))]
+    if wide.batch is not None:
+        ways.insert(0, (wide, wide.dynamic_shapes(model, ExportDim.DYNAMIC), ()))
+    if wide is not call:
+        ways.append((call, None, (fixed.format(call.batch),)))
     failures: list[Exception] = []
-    for spec, note in ((call.dynamic_shapes(model, ExportDim.DYNAMIC), ()),
-                       (None, ("the forward fixes its batch size; the graph holds for "
-                               f"batch {call.batch} only",))):
-        if spec is None and not failures and call.batch is not None:
-            continue
+    for inputs, spec, notes in ways:
         try:
-            program = torch.export.export(model, call.args, dict(call.kwargs), strict=False, dynamic_shapes=spec)
-            return _from_export(model, program, call, example_batch, note)
-        except _NotAffine as error:
-            failures.append(error)
-        except Exception as error:
+            program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=spec)
+            return _from_export(model, program, inputs, example_batch, notes)
+        except Exception as error:  # whatever export raises, the next way is tried
             failures.append(error)
     return _fallback(model, call, example_batch, failures)
 
 
 def _fallback(model: nn.Module, call: Call, example_batch: int, failures: list[Exception]) -> Graph:
+    state = {name: tensor.detach().clone() for name, tensor in _tensors(model)[2].items()}   # a forward may write
     try:
         with torch.no_grad():
-            model(*call.args, **call.kwargs)
+            torch.func.functional_call(model, state, call.args, dict(call.kwargs))
     except Exception as error:
         raise InputError(f"{type(model).__name__}.forward fails on the example inputs ({call}): "
                          f"{type(error).__name__}: {error}. Pass inputs that the model accepts.") from error
