@@ -66,17 +66,24 @@ class Verification:
                 + "".join(f"; {note}" for note in self.notes))
 
 
+WORK = 4e9      # multiply-accumulates in fp64 that a comparison may cost where a smaller batch says the same
+
+
 def verify_examples(lowered: Lowered, graph: Graph, model: nn.Module | None) -> Verification:
-    """On the example inputs, and on random ones of the same spread (at another batch size where it is free)."""
-    example = Call(graph.args, graph.kwargs)
-    generator = torch.Generator().manual_seed(0)
-    drawn = example.map(lambda tensor: _random_like(tensor, generator))
+    """On the example inputs, and on random ones of the same spread, at another batch size where it is free.
+
+    Large batches of large networks are cut: every sample goes through the same steps.
+    """
+    example = drawn = Call(graph.args, graph.kwargs)
     if graph.free_batch:
-        drawn = drawn.resized(3)
-    cases = {"the example inputs": example, "random inputs": drawn}
+        most = max(1, int(WORK / max(1, lowered.program.macs(1))))
+        example, drawn = (example.resized(min(batch, most)) for batch in (graph.example_batch, 3))
+    generator = torch.Generator().manual_seed(0)
+    cases = {"the example inputs": example, "random inputs": drawn.map(lambda t: _random_like(t, generator))}
     found = [verify_graph(lowered, graph, call.args, call.kwargs, model, name) for name, call in cases.items()]
-    return Verification(tuple(cases), *(tuple(c for v in found for c in getattr(v, key)) for key in ("steps", "outputs")),
-                        tuple(dict.fromkeys(note for v in found for note in v.notes)))
+    return Verification(tuple(cases), tuple(check for each in found for check in each.steps),
+                        tuple(check for each in found for check in each.outputs),
+                        tuple(dict.fromkeys(note for each in found for note in each.notes)))
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from prunekern.backends.reference.engine import Compiler, Finish, Kernel, Layout
 from prunekern.core.graph import Shape
 from prunekern.core.program import Step
+from prunekern.kernels import im2col_nhwc, unavailable
 
 PATCH_BYTES = 1 << 20          # of the im2col matrix that is made at once
+FEW_CHANNELS = 8               # below, runs of pixels are longer than runs of channels
 
 
 def conv(layout: Layout, step: Step) -> Kernel:
@@ -31,38 +34,68 @@ def conv(layout: Layout, step: Step) -> Kernel:
     return _im2col(layout, step)
 
 
+@dataclass
+class _Part:
+    """One slice of the batch: its rows, its place in the output, and the views that are the same in every run."""
+
+    rows: slice
+    y: Tensor
+    source: Tensor | None      # the input's slice, channels last, where the input has a fixed place
+    inner: Tensor | None       # where it goes in the padded buffer
+    image: Tensor | None       # the padded slice
+    taps: Tensor | None        # its windows
+
+
 class _Window:
-    """The padded, channels-last slices of a step's input and strided windows over them."""
+    """The padded slices of a step's input and strided windows over them, ``[n, *out, *kernel, C]``.
 
-    def __init__(self, layout: Layout, step: Step, count: int) -> None:
+    planar: the padded copy keeps each channel's positions together instead of each position's channels.
+    """
+
+    def __init__(self, layout: Layout, step: Step, y: Tensor, bytes_each: int, planar: bool = False) -> None:
         at = step.attributes
-        self.layout, self.step, self.count = layout, step, count
         self.batch, self.channels, *sizes = layout.shape(step.inputs[0])
-        self.out = layout.shape(step.output)[2:]
+        self.count = per_slice(layout, self.batch, bytes_each)
+        self.out, self.rank = tuple(y.shape[2:]), y.dim() - 2
         self.kernel, self.stride, self.dilation = at["kernel"], at["stride"], at["dilation"]
-        self.rank = len(sizes)
-        self.read = layout.get(step.inputs[0])
-        self.padded: Tensor | None = None
-        if any(p for pair in at["padding"] for p in pair):
-            shape = (count, *(n + low + high for n, (low, high) in zip(sizes, at["padding"], strict=True)), self.channels)
-            self.padded = torch.zeros(shape, dtype=step.inputs[0].dtype, device=layout.device)   # borders stay 0
-            self.inner = self.padded[(slice(None), *(slice(low, low + n) for n, (low, _) in
-                                                     zip(sizes, at["padding"], strict=True)))]
+        self.read, fixed = layout.get(step.inputs[0]), layout.fixed(step.inputs[0])
+        pairs = at["padding"]
+        padded: Tensor | None = None
+        inner: Tensor | None = None
+        if planar or any(p for pair in pairs for p in pair):
+            full = [n + low + high for n, (low, high) in zip(sizes, pairs, strict=True)]
+            shape = (self.count, self.channels, *full) if planar else (self.count, *full, self.channels)
+            padded = torch.zeros(shape, dtype=y.dtype, device=layout.device)        # borders stay 0
+            padded = self.last(padded) if planar else padded
+            inner = padded[(slice(None), *(slice(low, low + n) for n, (low, _) in zip(sizes, pairs, strict=True)))]
+        self.parts = [self._part(slice(a, min(a + self.count, self.batch)), y, fixed, padded, inner)
+                      for a in range(0, self.batch, self.count)]
 
-    def slices(self) -> list[slice]:
-        return [slice(start, min(start + self.count, self.batch)) for start in range(0, self.batch, self.count)]
+    def _part(self, rows: slice, y: Tensor, fixed: Tensor | None, padded: Tensor | None, inner: Tensor | None) -> _Part:
+        n = rows.stop - rows.start
+        source = None if fixed is None else self.last(fixed[rows])
+        image = source if padded is None else padded[:n]
+        return _Part(rows, y[rows], source, None if inner is None else inner[:n], image,
+                     None if image is None else self.taps(image))
 
-    def load(self, rows: slice) -> Tensor:
-        """``[n, *padded, C]`` for a slice of the batch."""
-        x = self.read()[rows].permute(0, *range(2, self.rank + 2), 1)
-        if self.padded is None:
-            return x
-        n = x.shape[0]
-        self.inner[:n].copy_(x)
-        return self.padded[:n]
+    def last(self, x: Tensor) -> Tensor:
+        """Channels as the last axis."""
+        return x.permute(0, *range(2, self.rank + 2), 1)
+
+    def load(self, part: _Part) -> Tensor:
+        """``[n, *padded, C]`` of this run."""
+        source = part.source if part.source is not None else self.last(self.read()[part.rows])
+        if part.inner is None:
+            return source
+        part.inner.copy_(source)
+        return part.image  # type: ignore[return-value]
+
+    def windows(self, part: _Part) -> Tensor:
+        """``[n, *out, *kernel, C]`` of this run, a view."""
+        image = self.load(part)
+        return part.taps if part.taps is not None else self.taps(image)
 
     def taps(self, x: Tensor) -> Tensor:
-        """``[n, *out, *kernel, C]``, a view."""
         n, *spatial, c = x.stride()
         return x.as_strided(
             (x.shape[0], *self.out, *self.kernel, self.channels),
@@ -70,9 +103,8 @@ class _Window:
              *(a * d for a, d in zip(spatial, self.dilation, strict=True)), c), x.storage_offset())
 
 
-def _per_slice(layout: Layout, step: Step, bytes_each: int) -> int:
+def per_slice(layout: Layout, batch: int, bytes_each: int) -> int:
     """How many images are worked on at once."""
-    batch = layout.shape(step.inputs[0])[0]
     return max(1, min(batch, PATCH_BYTES // max(1, bytes_each))) if layout.device.type == "cpu" else max(1, batch)
 
 
@@ -119,100 +151,125 @@ def _with_finish(kernel: Callable[[], Any], finish: Finish | None, y: Tensor) ->
     return run
 
 
+Product = Callable[[_Part], Any]      # writes a part's GEMM (and bias)
+
+
 def _im2col(layout: Layout, step: Step) -> Kernel:
     """Explicit im2col, one matrix a group."""
-    at, groups = step.attributes, step.attributes["groups"]
-    layout.algorithms[step.name] = "im2col" if groups == 1 else "grouped im2col"
-    weight = layout.weight(step.weights["weight"])
-    outs, depth = weight.shape[0], math.prod(weight.shape[1:])
-    y = layout.out(step.output, channels_last=True)
-    positions, taps = math.prod(y.shape[2:]), math.prod(at["kernel"])
-    dtype = step.output.dtype
-    window = _Window(layout, step, _per_slice(layout, step, positions * depth * groups * dtype.itemsize))
-    finish, bias = layout.finish(step, skip_bias=True), layout.bias(step)
-    count, rank = window.count, window.rank
-    if groups == 1:
-        packed = weight.permute(*range(2, rank + 2), 1, 0).reshape(depth, outs).contiguous()
-        patches, multiply = layout.scratch((count * positions, depth), dtype), _multiply(bias)
+    at, dtype = step.attributes, step.output.dtype
+    weight, y = layout.weight(step.weights["weight"]), layout.out(step.output, channels_last=True)
+    positions, depth = math.prod(y.shape[2:]), math.prod(weight.shape[1:])
+    few = at["groups"] == 1 and weight.shape[1] < FEW_CHANNELS
+    window = _Window(layout, step, y, positions * depth * at["groups"] * dtype.itemsize, planar=few)
+    make = _grouped if at["groups"] > 1 else _by_taps if few else _by_rows
+    return _over_parts(window, make(layout, step, window, weight), layout.finish(step, skip_bias=True))
 
-        def product(part: Tensor, x: Tensor) -> None:
-            view = window.taps(x)
-            matrix = patches()[:view.shape[0] * positions]
-            matrix.view(view.shape).copy_(view)
-            multiply(matrix, packed, _rows(part))
-    else:
-        packed = weight.view(groups, outs // groups, -1, *at["kernel"]).permute(0, *range(3, rank + 3), 2, 1) \
-            .reshape(groups, depth, outs // groups).contiguous()
-        product = _grouped(layout, step, window, packed, positions, taps, bias)
-    slices = window.slices()
+
+def _over_parts(window: _Window, product: Product, finish: Finish | None) -> Kernel:
+    parts = window.parts
 
     def run() -> None:
-        for rows in slices:
-            part = y[rows]
-            product(part, window.load(rows))
+        for part in parts:
+            product(part)
             if finish is not None:
-                finish(part, rows)
+                finish(part.y, part.rows)
     return run
 
 
-def _grouped(layout: Layout, step: Step, window: _Window, packed: Tensor, positions: int, taps: int,
-             bias: Tensor | None) -> Callable[[Tensor, Tensor], None]:
-    groups, depth, each = packed.shape
-    dtype, per = step.output.dtype, depth // taps
-    left: Shape = (groups, window.count * positions, depth)
-    patches = layout.scratch(left, dtype)
-    start = -(-math.prod(left) * dtype.itemsize // 64) * 64
-    product_of = layout.scratch((groups, window.count * positions, each), dtype, start)
+def _packed(weight: Tensor) -> Tensor:
+    """``[prod(kernel) * I, O]``: the other operand of the GEMM, rows over (*kernel, i)."""
+    return weight.permute(*range(2, weight.dim()), 1, 0).reshape(-1, weight.shape[0]).contiguous()
+
+
+def _by_rows(layout: Layout, step: Step, window: _Window, weight: Tensor) -> Product:
+    """A window's taps side by side: a row is a run of contiguous channels after another."""
+    layout.algorithms[step.name] = "im2col"
+    packed, multiply = _packed(weight), _multiply(layout.bias(step))
+    positions, depth = math.prod(window.out), packed.shape[0]
+    if window.rank == 2 and _extension_pays(layout, step, window.count * positions * depth):
+        layout.algorithms[step.name] = "im2col (C++)"
+        return lambda part: multiply(im2col_nhwc(window.load(part), window.kernel, window.stride, window.dilation),
+                                     packed, _rows(part.y))
+    patches = layout.scratch((window.count * positions, depth), step.output.dtype)
+
+    def product(part: _Part) -> None:
+        view = window.windows(part)
+        matrix = patches()[:view.shape[0] * positions]
+        matrix.view(view.shape).copy_(view)
+        multiply(matrix, packed, _rows(part.y))
+    return product
+
+
+def _extension_pays(layout: Layout, step: Step, elements: int) -> bool:
+    return (unavailable() is None and layout.device.type == "cpu" and elements >= 1 << 16
+            and step.output.dtype in (torch.float32, torch.float64))
+
+
+def _by_taps(layout: Layout, step: Step, window: _Window, weight: Tensor) -> Product:
+    """The transposed matrix, one tap of one channel a row: for few channels its runs are rows of pixels."""
+    layout.algorithms[step.name] = "im2col by taps"
+    packed, multiply = _packed(weight), _multiply(layout.bias(step))
+    positions, depth, rank = math.prod(window.out), packed.shape[0], window.rank
+    patches = layout.scratch((depth * window.count * positions,), step.output.dtype)
+    order = (*range(rank + 1, 2 * rank + 2), *range(rank + 1))         # [*kernel, C, n, *out]
+
+    def product(part: _Part) -> None:
+        view = window.windows(part).permute(order)
+        matrix = patches()[:view.numel()].view(depth, -1)
+        matrix.view(view.shape).copy_(view)
+        multiply(matrix.t(), packed, _rows(part.y))
+    return product
+
+
+def _grouped(layout: Layout, step: Step, window: _Window, weight: Tensor) -> Product:
+    """A batch of GEMMs, one a group."""
+    layout.algorithms[step.name] = "grouped im2col"
+    groups, dtype, bias = step.attributes["groups"], step.output.dtype, layout.bias(step)
+    each, per = weight.shape[0] // groups, weight.shape[1]
+    packed = torch.stack([_packed(w) for w in weight.chunk(groups)])
+    positions, depth = math.prod(window.out), packed.shape[1]
+    left = groups * window.count * positions * depth
+    patches = layout.scratch((left,), dtype)
+    results = layout.scratch((groups * window.count * positions * each,), dtype, -(-left * dtype.itemsize // 64) * 64)
     shift = None if bias is None else bias.view(groups, 1, each)
 
-    def product(part: Tensor, x: Tensor) -> None:
-        view = window.taps(x).unflatten(-1, (groups, per)).movedim(-2, 0)      # [g, n, *out, *kernel, c]
+    def product(part: _Part) -> None:
+        view = window.windows(part).unflatten(-1, (groups, per)).movedim(-2, 0)      # [g, n, *out, *kernel, c]
         rows = view.shape[1] * positions
-        matrix = patches().view(-1)[:groups * rows * depth].view(groups, rows, depth)
+        matrix = patches()[:view.numel()].view(groups, rows, depth)
         matrix.view(view.shape).copy_(view)
-        result = product_of().view(-1)[:groups * rows * each].view(groups, rows, each)
+        result = results()[:groups * rows * each].view(groups, rows, each)
         if shift is None:
             torch.bmm(matrix, packed, out=result)
         else:
             torch.baddbmm(shift, matrix, packed, out=result)
-        _rows(part).view(rows, groups, each).copy_(result.transpose(0, 1))
+        _rows(part.y).view(rows, groups, each).copy_(result.transpose(0, 1))
     return product
 
 
 def _depthwise(layout: Layout, step: Step) -> Kernel:
     """Every channel on its own: the taps' shifted views, multiplied and summed."""
     layout.algorithms[step.name] = "depthwise"
-    weight = layout.weight(step.weights["weight"])
+    weight, y = layout.weight(step.weights["weight"]), layout.out(step.output, channels_last=True)
     channels, rank = layout.shape(step.inputs[0])[1], weight.dim() - 2
     each = weight.shape[0] // channels
     taps = weight.reshape(channels, each, -1).permute(2, 0, 1).contiguous()       # [taps, C, m]
-    y = layout.out(step.output, channels_last=True)
-    bytes_each = math.prod(y.shape[1:]) * step.output.dtype.itemsize * 2
-    window = _Window(layout, step, _per_slice(layout, step, bytes_each))
+    window = _Window(layout, step, y, math.prod(y.shape[1:]) * step.output.dtype.itemsize * 2)
     bias = layout.bias(step)
     shift = None if bias is None else bias.view(channels, each)
-    finish, slices = layout.finish(step, skip_bias=True), window.slices()
+    spots = [(slice(None),) * (rank + 1) + _unravel(number, tuple(window.kernel)) for number in range(len(taps))]
 
-    def run() -> None:
-        for rows in slices:
-            views, part = window.taps(window.load(rows)), y[rows]
-            out = part.permute(0, *range(2, rank + 2), 1).unflatten(-1, (channels, each))
-            _tap_sum(views, taps, shift, out, rank)
-            if finish is not None:
-                finish(part, rows)
-    return run
-
-
-def _tap_sum(views: Tensor, taps: Tensor, shift: Tensor | None, out: Tensor, rank: int) -> None:
-    for number, tap in enumerate(taps):
-        index = _unravel(number, views.shape[rank + 1:2 * rank + 1])
-        view = views[(slice(None),) * (rank + 1) + index].unsqueeze(-1)
-        if number:
-            out.addcmul_(view, tap)
-        elif shift is None:
-            torch.mul(view, tap, out=out)
+    def product(part: _Part) -> None:
+        views = window.windows(part)
+        out = window.last(part.y).unflatten(-1, (channels, each))
+        first, *rest = [views[spot].unsqueeze(-1) for spot in spots]
+        if shift is None:
+            torch.mul(first, taps[0], out=out)
         else:
-            torch.addcmul(shift, view, tap, out=out)
+            torch.addcmul(shift, first, taps[0], out=out)
+        for view, tap in zip(rest, taps[1:], strict=True):
+            out.addcmul_(view, tap)
+    return _over_parts(window, product, layout.finish(step, skip_bias=True))
 
 
 def _unravel(number: int, shape: Shape) -> tuple[int, ...]:
@@ -238,10 +295,10 @@ def conv_transpose(layout: Layout, step: Step) -> Kernel:
                    zip(sizes, stride, dilation, kernel, at["padding"], y.shape[2:], strict=True))
     crop = (slice(None), *(slice(low, low + out) for (low, _), out in zip(at["padding"], y.shape[2:], strict=True)))
     bytes_each = math.prod(sizes) * packed.shape[2] * groups * step.output.dtype.itemsize
-    count = _per_slice(layout, step, bytes_each)
+    batch = y.shape[0]
+    count = per_slice(layout, batch, bytes_each)
     read, bias = layout.get(step.inputs[0]), layout.bias(step)
     finish = layout.finish(step, skip_bias=True)
-    batch = y.shape[0]
     slices = [slice(start, min(start + count, batch)) for start in range(0, batch, count)]
     places = [tuple(slice(i * d, i * d + (n - 1) * s + 1, s) for i, d, n, s in
                     zip(_unravel(tap, tuple(kernel)), dilation, sizes, stride, strict=True))
