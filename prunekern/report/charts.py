@@ -244,7 +244,8 @@ def _triplet_tip(step: Triplet) -> str:
         f"before {units.percent(step.before)}",
         f"after pruning {units.percent(step.after_pruning)}",
         f"after retraining {units.percent(step.after_retraining)}",
-        f"drop {units.points(step.drop)} points, this step {units.points(step.incremental_drop)}",
+        f"drop {units.points(step.drop)} points"
+        + f", this step {units.points(step.incremental_drop)}" * step.cumulative,
         f"{units.count(step.macs)} MACs",
     ]
     return "\n".join(lines + ([] if step.accepted else ["undone"]))

@@ -155,6 +155,7 @@ def render(report: Report) -> str:
         pareto=_pareto(report) if report.pareto else None,
         layers=_layers(report.layers) if report.layers else None,
         triplets=charts.triplet_chart(report) if report.triplets else None,
+        cumulative=any(step.cumulative for step in report.triplets),
         curves=[(curve, charts.curve_chart(curve)) for curve in report.curves],
         latency=_latency(report.latency),
         check_number=check_number,

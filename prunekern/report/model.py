@@ -108,6 +108,11 @@ class Triplet:
         """The pruning drop in points: before pruning minus after retraining."""
         return 100.0 * (self.before - self.after_retraining)
 
+    @property
+    def cumulative(self) -> bool:
+        """Whether the drop is that of several steps, so that what this one cost is another figure."""
+        return self.incremental_drop != self.drop
+
 
 @dataclass(frozen=True)
 class Check:

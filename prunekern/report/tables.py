@@ -127,6 +127,7 @@ def _percent(fraction: float | None) -> str:
 
 def _triplets(report: Report, full: bool) -> Grid:
     steps = list(report.triplets) if full or len(report.triplets) <= SHORT else _telling(report.triplets)
+    cumulative = any(step.cumulative for step in report.triplets)
     rows: Rows = [
         (
             "" if step.accepted else "bad",
@@ -138,7 +139,7 @@ def _triplets(report: Report, full: bool) -> Grid:
                 _percent(step.after_pruning),
                 _percent(step.after_retraining),
                 units.points(step.drop),
-                units.points(step.incremental_drop),
+                *([units.points(step.incremental_drop)] * cumulative),
                 units.count(step.macs),
                 _percent(step.test_accuracy),
                 "kept" if step.accepted else "undone",
@@ -147,11 +148,11 @@ def _triplets(report: Report, full: bool) -> Grid:
         for step in steps
     ]
     accuracies = ("Before", "Pruned", "Retrained")
-    names = ("Step", "Layer", "Left", *accuracies, "Drop", "This step", "MACs", "Test", "")
+    names = ("Step", "Layer", "Left", *accuracies, "Drop", *["This step"] * cumulative, "MACs", "Test", "")
     hidden = len(report.triplets) - len(steps)
     caption = "accuracies in %, drops in points"
     caption += f"; {hidden} more steps with full=True or in triplets.csv" if hidden else ""
-    return _grid(f"Pruning steps ({len(report.triplets)})", names, (0, *range(2, 10)), rows, caption)
+    return _grid(f"Pruning steps ({len(report.triplets)})", names, (0, *range(2, len(names) - 1)), rows, caption)
 
 
 def _proof(report: Report) -> Grid:

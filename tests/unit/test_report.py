@@ -31,6 +31,7 @@ from prunekern.report import (
     pareto_front,
     save,
     show,
+    tables,
     units,
 )
 from prunekern.report.scales import Scale, tick_labels
@@ -380,3 +381,16 @@ def test_the_front_line_passes_through_the_front_only() -> None:
     assert [mark.shape for mark in chart.marks].count("ring") == 1
     assert marks["a"].x < marks["b"].x < marks["c"].x
     assert marks["c"].y < marks["a"].y < marks["b"].y
+
+
+def test_the_drop_of_a_single_step_is_not_shown_twice() -> None:
+    """Where every triplet starts from the step before it, its drop is what the step cost."""
+    several = sample()
+    single = sample(triplets=[dataclasses.replace(t, incremental_drop=t.drop) for t in several.triplets])
+    assert "This step" in html.render(several)
+    assert "This step" not in html.render(single)
+    grids = {name: next(g for g in tables.grids(r) if "steps" in g.title) for name, r in
+             (("several", several), ("single", single))}
+    assert "This step" in grids["several"].columns
+    assert "This step" not in grids["single"].columns
+    assert all(len(row) == len(grid.columns) for grid in grids.values() for row in grid.rows)
