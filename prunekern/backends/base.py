@@ -39,10 +39,17 @@ class Placement(Protocol):
     arena:      where the values live.
     """
 
-    program: Program
-    signature: Signature
-    algorithms: Mapping[str, str]
-    arena: Arena
+    @property
+    def program(self) -> Program: ...
+
+    @property
+    def signature(self) -> Signature: ...
+
+    @property
+    def algorithms(self) -> Mapping[str, str]: ...
+
+    @property
+    def arena(self) -> Arena: ...
 
     def run(self, inputs: Sequence[Tensor], observe: Observe | None = None) -> list[Tensor]:
         """The values of ``program.output_slots``, freshly allocated; ``inputs`` are only read.
@@ -55,8 +62,11 @@ class Placement(Protocol):
 class Backend(Protocol):
     """Makes Placements. ``devices`` are the device types it runs on."""
 
-    name: str
-    devices: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def devices(self) -> tuple[str, ...]: ...
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -80,7 +90,7 @@ def choose(name: str, known: Sequence[Backend], device: str) -> Choice:
     """
     by_name = {backend.name: backend for backend in known}
     if name == "auto":
-        passed = []
+        passed: list[str] = []
         for backend in known:
             reason = _cannot(backend, device)
             if reason is None:

@@ -153,7 +153,8 @@ def _kept(value: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
     return value if kept is None else value.index_select(kept[0], torch.tensor(kept[1], device=value.device))
 
 
-def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Any]]:
+def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+                 ) -> tuple[dict[str, Tensor], list[Any]]:
     tensors, signature = lowered._bind(args, kwargs)
     values: dict[str, Tensor] = {}
 

@@ -67,7 +67,7 @@ class Builder:
         return self.graph.is_tensor(arg)
 
     def dtype(self, node: fx.Node) -> torch.dtype:
-        return self._dtypes[node.name][0]
+        return self._dtypes[node.name][0]  # type: ignore[no-any-return]
 
     def is_float(self, node: Any) -> bool:
         return self.is_tensor(node) and self.dtype(node).is_floating_point
@@ -110,7 +110,7 @@ class Builder:
 
     def name(self, node: fx.Node) -> str:
         """The operator's name without namespace, overload and the underscore of its in-place form."""
-        return node.target._schema.name.split("::")[1].removesuffix("_")  # type: ignore[union-attr]
+        return str(node.target._schema.name).split("::")[1].removesuffix("_")  # type: ignore[union-attr]
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """A call's arguments by their name in the operator's schema."""
@@ -126,7 +126,8 @@ class Builder:
         return name
 
     def step(self, op: str, node: fx.Node, inputs: Sequence[Any], attributes: Mapping[str, Any] | None = None,
-             weights: Mapping[str, str] | None = None, epilogue: Epilogue = NO_EPILOGUE, item: int | None = None) -> Slot:
+             weights: Mapping[str, str] | None = None, epilogue: Epilogue = NO_EPILOGUE,
+             item: int | None = None) -> Slot:
         """Add a Step that gives the node's value. ``inputs`` are nodes or Slots.
 
         item: which of the node's several tensors this is (a node of which only the first one is read: 0).

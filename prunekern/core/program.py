@@ -97,7 +97,7 @@ class Epilogue:
         return " + ".join(filter(None, (bias, act, add) if self.residual_last else (bias, add, act)))
 
 
-NO_EPILOGUE = Epilogue()
+NO_EPILOGUE, NO_MACS = Epilogue(), Dim(0, 0)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Step:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     epilogue: Epilogue = NO_EPILOGUE
-    macs: Dim = Dim(0, 0)
+    macs: Dim = NO_MACS
     source: str = ""
     place: str = ""
 

@@ -33,8 +33,9 @@ def to_json(program: Program) -> dict[str, Any]:
     try:
         specs = {key: pytree.treespec_dumps(getattr(program, key)) for key in ("in_spec", "out_spec")}
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise ArtefactError(f"the model's arguments or outputs have a type without a JSON form ({error}); register it "
-                            "with torch.utils._pytree and a serialized_type_name, or return dicts and tuples.") from error
+        raise ArtefactError(f"the model's arguments or outputs have a type without a JSON form ({error}); register "
+                            "it with torch.utils._pytree and a serialized_type_name, or return dicts and tuples."
+                            ) from error
     return {
         "slots": {name: {"shape": [_dim(d) for d in slot.shape], "dtype": _dtype(slot.dtype)}
                   for name, slot in program.slots().items()},
@@ -68,7 +69,8 @@ def from_json(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> P
 def save_program(program: Program, folder: Path) -> None:
     """Write ``program.json`` and the weights it names, each atomically. Raises ArtefactError."""
     body = to_json(program)
-    payload = save_tensors({name: tensor.detach().cpu().contiguous().clone() for name, tensor in program.weights.items()})
+    payload = save_tensors({name: tensor.detach().cpu().contiguous().clone()
+                            for name, tensor in program.weights.items()})
     digest = hashlib.sha256(payload).hexdigest()
     weights = f"weights-{digest[:12]}.safetensors"
     head = {"format": FORMAT, "version": VERSION, "weights_file": weights, "weights_sha256": digest,
@@ -152,7 +154,8 @@ def _step(step: Step) -> dict[str, Any]:
     end = step.epilogue
     epilogue = {"bias": end.bias, "residual": end.residual.name if end.residual else None,
                 "residual_last": end.residual_last,
-                "activation": [end.activation.kind, *map(_number, end.activation.constants)] if end.activation else None}
+                "activation": None if end.activation is None else
+                [end.activation.kind, *map(_number, end.activation.constants)]}
     return {"op": step.op, "name": step.name, "inputs": [s.name for s in step.inputs],
             "outputs": [s.name for s in step.outputs], "attributes": dict(step.attributes),
             "weights": dict(step.weights), "epilogue": epilogue if end else None, "macs": _dim(step.macs),

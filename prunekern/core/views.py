@@ -23,7 +23,7 @@ def relation(node: fx.Node) -> str:
         meta = {n: _meta(n.meta["val"]) for n in node.all_input_nodes}
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), meta.__getitem__)
         result = node.target(*args, **kwargs)  # type: ignore[operator]
-    except Exception:  # noqa: BLE001 - an operator without a meta form: what its schema says must do
+    except Exception:
         returns = getattr(getattr(node.target, "_schema", None), "returns", ())
         return "view" if any(r.alias_info is not None for r in returns) else "new"
     first, given = (result[0] if isinstance(result, (list, tuple)) else result), meta[source]  # type: ignore[index]
@@ -49,7 +49,7 @@ def _number(size: Any) -> Any:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _layout(tensor: Tensor) -> Any:

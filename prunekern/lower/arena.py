@@ -39,7 +39,8 @@ class Arena:
     naive: int
 
     def __str__(self) -> str:
-        return f"arena {self.size / 2**20:.2f} MiB for {len(self.buffers)} slots ({self.naive / 2**20:.2f} MiB without reuse)"
+        return (f"arena {self.size / 2**20:.2f} MiB for {len(self.buffers)} slots "
+                f"({self.naive / 2**20:.2f} MiB without reuse)")
 
 
 def lifetimes(program: Program, views: Callable[[Step], bool]) -> dict[str, tuple[int, int]]:

@@ -89,8 +89,10 @@ def _shrunk(program: Program, step: Step) -> Program | None:
 
 def _start(program: Program, step: Step, weight: Tensor) -> Lane:
     constant = _zero(weight, 1 if step.op == "conv_transpose" else 0)
-    bias = program.weights[step.epilogue.bias].double().cpu() if step.epilogue.bias else torch.zeros(len(constant)).double()
-    return _lane(step, step.output, channel_axis(step), torch.arange(len(constant)), constant, bias)
+    value = torch.zeros(len(constant), dtype=torch.double)
+    if step.epilogue.bias is not None:
+        value = program.weights[step.epilogue.bias].double().cpu()
+    return _lane(step, step.output, channel_axis(step), torch.arange(len(constant)), constant, value)
 
 
 def _lane(step: Step, slot: Slot, axis: int, owner: Tensor, constant: Tensor, value: Tensor) -> Lane:

@@ -23,15 +23,13 @@ class Move(OpRule):
     """Operators that rearrange one tensor without mixing values and without sizes to rewrite."""
 
     matches = aten("permute", "transpose.int", "transpose_", "t", "t_", "movedim", "swapaxes", "squeeze", "squeeze_",
-                   "unsqueeze", "unsqueeze_", "flatten.using_ints", "repeat_interleave.self_int", "flip", "unbind.int",
-                   "pixel_shuffle", "pixel_unshuffle", "tril", "triu", "diagonal", "rot90", "numpy_T", "mT")
+                   "unsqueeze", "unsqueeze_", "flatten.using_ints", "repeat_interleave.self_int", "flip", "unbind.int", "tril", "triu", "diagonal", "rot90", "numpy_T", "mT")
     samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), "permute", MAP),
         sample(lambda x: x.flatten(1), "flatten", MAP),
         sample(lambda x: x.unsqueeze(1).squeeze(1), "unsqueeze/squeeze", MAP),
         sample(lambda x: x.flip(1), "flip channels", MAP), sample(lambda x: x.flip(3), "flip columns", MAP),
         sample(lambda x: x.repeat_interleave(2, 1), "repeat_interleave", MAP),
-        Sample(lambda: nn.PixelShuffle(2), ((2, 8, 3, 3),)), Sample(lambda: nn.PixelUnshuffle(2), ((2, 6, 4, 4),)),
     )
 
     def run(self, node: fx.Node, tape: Tape, plane: Plane) -> Any:
@@ -190,7 +188,8 @@ class Concatenate(OpRule):
         tape.give(node, (*planes, spread(joined, axis, shape)) if bool(joined.any()) else planes)
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
-        tensors: list[fx.Node] = [t for t in node.args[0] if build.shape(t) != (Dim(0, 0),)]  # type: ignore[union-attr]
+        given: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        tensors = [t for t in given if build.shape(t) != (Dim(0, 0),)]
         if any(build.dtype(t) != build.dtype(node) for t in tensors):
             return False
         axis = argument(node, 1, "dim", 0) % build.rank(node)
@@ -334,6 +333,19 @@ class ChannelShuffle(Move):
         tape.give(node, planes)
 
 
+class PixelShuffle(Move):
+    """pixel_shuffle and pixel_unshuffle: the r * r channels that make one channel of the larger map leave together."""
+
+    matches = aten("pixel_shuffle", "pixel_unshuffle")
+    samples = (Sample(lambda: nn.PixelShuffle(2), ((2, 8, 3, 3),)), Sample(lambda: nn.PixelUnshuffle(2), ((2, 6, 4, 4),)))
+
+    def run(self, node: fx.Node, tape: Tape, plane: Plane) -> Any:
+        moved = super().run(node, tape, plane)
+        channels, rest = tape.along(node, (moved,), moved.dim() - 3)
+        tape.freeze_planes(node, rest, "its positions are rearranged")
+        return moved if channels is None else spread(channels, moved.dim() - 3, tape.shape(node))
+
+
 class GetItem(OpRule):
     """One tensor out of several."""
 
@@ -366,4 +378,4 @@ class Creation(OpRule):
 
 
 RULES: tuple[OpRule, ...] = (Move(), View(), Expand(), Concatenate(), Split(), Slice(), Roll(), ChannelShuffle(),
-                             GetItem(), Creation())
+                             PixelShuffle(), GetItem(), Creation())

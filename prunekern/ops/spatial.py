@@ -71,7 +71,8 @@ class Pool(OpRule):
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
         name, given = build.name(node), build.arguments(node)
-        x, rank = given.get("self", given.get("input")), self.spatial(node)
+        x: fx.Node = given["self"] if "self" in given else given["input"]
+        rank = self.spatial(node)
         item = 0 if isinstance(build.graph.dims[node.name], list) else None
         if build.rank(x) != rank + 2 or not build.is_float(x) or "lp_pool" in name \
                 or (item == 0 and not build.only_first(node)):
@@ -161,7 +162,7 @@ class Resize(OpRule):
         scale = 1 if "upsample_nearest2d" in name else 4 if "upsample_bilinear2d" in name else 0
         return scale * numel(shape(node))
 
-    modes = {"upsample_nearest": "nearest", "_upsample_nearest_exact": "nearest_exact", "upsample_linear": "linear",
+    modes: ClassVar = {"upsample_nearest": "nearest", "_upsample_nearest_exact": "nearest_exact", "upsample_linear": "linear",
              "upsample_bilinear": "linear", "upsample_trilinear": "linear", "upsample_bicubic": "cubic"}
 
     def lower(self, node: fx.Node, build: Builder) -> bool:

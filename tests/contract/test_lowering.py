@@ -131,8 +131,8 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["plain_cnn", "depthwise_separable", "resnext", "generator", "conv1d_net", "conv3d_net",
-                                  "unet", "layer_norm_mlp"])
+@pytest.mark.parametrize("name", ["plain_cnn", "depthwise_separable", "resnext", "generator", "conv1d_net",
+                                  "conv3d_net", "unet", "layer_norm_mlp"])
 def test_no_convolution_or_linear_operator_is_called(name: str, backend: str) -> None:
     model, call = zoo_call(name, 2)
     lowered = lower(model, call, backend=backend, verify=False)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Layout:
         """Reads a slot's value at run time."""
         values, index = self.values, self.index[slot.name]
         fixed = values[index]
-        return (lambda: fixed) if fixed is not None else (lambda: values[index])  # type: ignore[no-any-return]
+        return (lambda: fixed) if fixed is not None else (lambda: values[index])
 
     def fixed(self, slot: Slot) -> Tensor | None:
         """The slot's tensor where it is the same for every run."""
@@ -154,6 +155,11 @@ class Layout:
         return run
 
 
+def waiter(device: torch.device) -> Callable[[], Any]:
+    """Waits for all work on a device."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+
 def _add(y: Tensor, other: Tensor) -> None:
     y.add_(other)
 
@@ -222,7 +228,7 @@ class ReferencePlacement:
         return value.view(shape[0], *shape[2:], shape[1]).permute(0, -1, *range(1, len(shape) - 1)).flatten(1)
 
     def _observed(self, observe: Observe) -> None:
-        sync = torch.cuda.synchronize if self.signature.device.type == "cuda" else lambda: None
+        sync = waiter(self.signature.device)
         index = {name: i for i, name in enumerate(self.program.slots())}
         for step, kernel, free in zip(self.program.steps, self._kernels, self._free, strict=True):
             sync()

@@ -74,7 +74,7 @@ def activation(layout: Layout, step: Step) -> Kernel:
     return lambda: apply_into(function.kind, function.constants, read(), y)
 
 
-BINARY = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "maximum": torch.maximum,
+BINARY: dict[str, Function] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "maximum": torch.maximum,
           "minimum": torch.minimum}
 
 
@@ -139,7 +139,7 @@ def adaptive_pool(layout: Layout, step: Step) -> Kernel:
     return _fresh(layout, step, lambda x: getattr(aten, f"adaptive_max_pool{rank}d")(x, size)[0])
 
 
-REDUCE = {"mean": torch.mean, "sum": torch.sum, "amax": torch.amax, "amin": torch.amin}
+REDUCE: dict[str, Function] = {"mean": torch.mean, "sum": torch.sum, "amax": torch.amax, "amin": torch.amin}
 
 
 def reduce(layout: Layout, step: Step) -> Kernel:
