@@ -35,15 +35,47 @@ from prunekern.report import Figure, Report, Table
 from prunekern.result import Result
 from prunekern.summary import UNITS
 
-MACS = Annotated[float | None, typer.Option("--macs", help="Share of the MACs that remains at most, e.g. 0.5.")]
-PARAMS = Annotated[float | None, typer.Option("--params", help="The same of the parameters.")]
-BYTES = Annotated[float | None, typer.Option("--bytes", help="The same of the bytes of parameters and buffers.")]
-LAYER = Annotated[list[str] | None, typer.Option("--layer", metavar="GLOB=SHARE",
-                                                 help="Share of these layers' channels that remains; repeatable.")]
-RANKING = Annotated[str, typer.Option("--ranking", help="global: the least important anywhere go first; layer: the "
-                                                        "same share everywhere.")]
-IGNORE = Annotated[list[str] | None, typer.Option("--ignore", metavar="GLOB", help="Layers left alone; repeatable.")]
-ROUND_TO = Annotated[int, typer.Option("--round-to", min=1, help="Channels kept are multiples of this.")]
+WHAT, HOW, TRAINING = "What remains", "Which channels go", "Data and training"
+MACS = Annotated[float | None, typer.Option("--macs", metavar="SHARE", rich_help_panel=WHAT,
+                                            help="Of the MACs at most this share, e.g. 0.5.")]
+PARAMS = Annotated[float | None, typer.Option("--params", metavar="SHARE", rich_help_panel=WHAT,
+                                              help="Of the parameters at most this share.")]
+BYTES = Annotated[float | None, typer.Option("--bytes", metavar="SHARE", rich_help_panel=WHAT,
+                                             help="Of the bytes of parameters and buffers at most this share.")]
+LAYER = Annotated[list[str] | None, typer.Option("--layer", metavar="GLOB=SHARE", rich_help_panel=WHAT,
+                                                 help="Of these layers' channels this share; repeatable.")]
+ACCURACY = Annotated[float | None, typer.Option(
+    "--accuracy", metavar="A", rich_help_panel=WHAT, help="The smallest network with at least this validation "
+    "accuracy, 0..1; needs --data.")]
+MAX_DROP = Annotated[float | None, typer.Option(
+    "--max-drop", metavar="POINTS", rich_help_panel=WHAT, help="The same, as percentage points lost at most.")]
+PLAN = Annotated[Path | None, typer.Option("--plan", metavar="FILE", rich_help_panel=WHAT,
+                                           help="What this plan says; see prunekern plan.")]
+RANKING = Annotated[str, typer.Option("--ranking", metavar="HOW", rich_help_panel=HOW, help="global: the least "
+                                      "important anywhere go first; layer: the same share everywhere.")]
+IGNORE = Annotated[list[str] | None, typer.Option("--ignore", metavar="GLOB", rich_help_panel=HOW,
+                                                  help="Layers left alone; repeatable.")]
+ROUND_TO = Annotated[int, typer.Option("--round-to", min=1, metavar="N", rich_help_panel=HOW,
+                                       help="Channels kept are multiples of this.")]
+STEPS = Annotated[int, typer.Option("--steps", min=1, metavar="N", rich_help_panel=HOW,
+                                    help="Prune in so many steps, training between.")]
+EPOCHS = Annotated[int, typer.Option("--epochs", min=0, metavar="N", rich_help_panel=TRAINING,
+                                     help="Of training after each step; 0: none.")]
+LR = Annotated[float, typer.Option("--lr", metavar="RATE", rich_help_panel=TRAINING, help="Learning rate.")]
+RECALIBRATE = Annotated[bool, typer.Option("--recalibrate", rich_help_panel=TRAINING, help="Estimate batch-norm "
+                                           "statistics again after each step.")]
+CHECKPOINT = Annotated[Path | None, typer.Option("--checkpoint", metavar="FOLDER",
+                                                 help="Where to continue from after a kill.")]
+REMOVE = Annotated[list[str] | None, typer.Option("--remove", metavar="LAYER=I,J", rich_help_panel="Edits",
+                                                  help="Output channels that go, with all that leaves with them.")]
+KEEP = Annotated[list[str] | None, typer.Option("--keep", metavar="LAYER=I,J", rich_help_panel="Edits",
+                                                help="Output channels that stay.")]
+
+LOWER = Annotated[bool, typer.Option("--lower/--no-lower", help="Also turn the result into GEMMs.")]
+OUT = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="For the result and its report.")]
+PLAN_FILE = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the plan (JSON).")]
+FROM = Annotated[Path | None, typer.Option("--from", metavar="FILE", rich_help_panel="Edits",
+                                           help="Start with this plan.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -58,30 +90,18 @@ def add_to(app: typer.Typer) -> None:
         "prunekern compress models:net --plan edited.json"))(plan)
 
 
-def compress(
-        target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
-        accuracy: Annotated[float | None, typer.Option(
-            "--accuracy", help="Smallest network with at least this validation accuracy, 0..1; needs --data.")] = None,
-        max_drop: Annotated[float | None, typer.Option(
-            "--max-drop", help="The same, as points lost at most; needs --data.")] = None,
-        plan: Annotated[Path | None, typer.Option("--plan", help="Cut as this plan says; see prunekern plan.")] = None,
-        criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
-        steps: Annotated[int, typer.Option("--steps", min=1, help="Prune in so many steps, training between.")] = 1,
-        input: INPUT = None, data: DATA = None,
-        epochs: Annotated[int, typer.Option("--epochs", min=0, help="Of training after each step; with --data.")] = 1,
-        lr: Annotated[float, typer.Option("--lr", help="Learning rate of that training.")] = 0.01,
-        recalibrate: Annotated[bool, typer.Option(
-            "--recalibrate", help="Estimate batch-norm statistics again after each step; with --data.")] = False,
-        lower: Annotated[bool, typer.Option("--lower/--no-lower", help="Also turn the result into GEMMs.")] = True,
-        backend: BACKEND = "auto",
-        out: Annotated[Path | None, typer.Option("--out", help="Folder for the result and its report.")] = None,
-        checkpoint: Annotated[Path | None, typer.Option(
-            "--checkpoint", help="Folder to continue from after a kill.")] = None,
-        seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
+             accuracy: ACCURACY = None, max_drop: MAX_DROP = None, plan: PLAN = None,
+             criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
+             steps: STEPS = 1, data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
+             input: INPUT = None, lower: LOWER = True, backend: BACKEND = "auto", out: OUT = None,
+             checkpoint: CHECKPOINT = None, seed: SEED = 0, threads: THREADS = None, json: JSON = False,
+             quiet: QUIET = False) -> None:
     """Shrink a network to a target, prove every cut, lower it, and report.
 
-    Targets say what [bold]remains[/bold] and may be combined; without one, half of the MACs. With --data the network
-    is trained for --epochs after each step (0: not at all) and measured on validation and test images.
+    Without a target, half of the MACs remains; targets may be combined.
+
+    With --data the network is trained after each step, and measured on validation and test images.
     """
     say = Out(json, quiet)
     goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer, accuracy=accuracy, max_drop=max_drop)
@@ -106,7 +126,7 @@ def compress(
             tell(f"save to {out}")
             result.save(out)
             result.report.save(out / "report")
-    say.result(result.report, {**facts(result), "saved": str(out) if out else None})
+    say.result(result.report, {**facts(result), "saved": str(out) if out else None}, full=False)
     if out is not None:
         again = f", model={target.rpartition(':')[2]}()" if loaded.result is None else ""
         say.remark(f"load it with prunekern.load({str(out)!r}{again}); the report is {out / 'report' / 'index.html'}")
@@ -114,17 +134,12 @@ def compress(
 
 def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
          criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
-         start: Annotated[Path | None, typer.Option("--from", help="Start with this plan.")] = None,
-         remove: Annotated[list[str] | None, typer.Option(
-             "--remove", metavar="LAYER=I,J", help="Output channels that go, with all that leaves with them.")] = None,
-         keep: Annotated[list[str] | None, typer.Option(
-             "--keep", metavar="LAYER=I,J", help="Output channels that stay.")] = None,
-         input: INPUT = None,
-         out: Annotated[Path | None, typer.Option("--out", help="File for the plan (JSON).")] = None,
+         start: FROM = None, remove: REMOVE = None, keep: KEEP = None, input: INPUT = None,
+         out: PLAN_FILE = None,
          seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
     """List the families of channels, choose what to keep, edit it; cut nothing.
 
-    Without a target or an edit the families are listed as they are. The file goes to compress --plan.
+    Without a target or an edit, the families are listed as they are.
     """
     say = Out(json, quiet)
     goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer)

@@ -34,12 +34,12 @@ class Out:
         if not self.quiet:
             self.error.print(Text(text, style=style))
 
-    def result(self, report: Report, data: Any) -> None:
-        """The outcome of a command: a report, or with ``--json`` the data (or finished JSON text)."""
+    def result(self, report: Report, data: Any, full: bool = True) -> None:
+        """The outcome of a command: a report (``full``: with nothing left out), or with ``--json`` the data."""
         if self.as_json:
-            print(data if isinstance(data, str) else json.dumps(data, indent=1, default=str))
+            print(json.dumps(data, indent=1, default=str))
         else:
-            report.show(full=True)
+            report.show(full=full)
 
     @contextmanager
     def stages(self) -> Iterator[Stages]:

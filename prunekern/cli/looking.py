@@ -17,6 +17,14 @@ from prunekern.doctor import diagnose
 from prunekern.report import Figure, Report, Table
 
 RATIOS = (0.1, 0.25, 0.5, 0.75)
+BATCH = Annotated[int | None, typer.Option("--batch", min=1, metavar="N", help="Count at this batch size.")]
+FULL = Annotated[bool, typer.Option("--full", help="Also operators without MACs or weights.")]
+TRIAL = Annotated[bool, typer.Option("--trial/--no-trial", help="Cut half of everything on a copy, to see what would "
+                                                                "come back.")]
+DATASET = Annotated[str, typer.Option("--data", metavar="NAME", help="fashion-mnist, mnist or cifar10.")]
+LAYERS = Annotated[list[str] | None, typer.Option("--layer", metavar="GLOB", help="Only these; repeatable.")]
+RATIO = Annotated[list[float] | None, typer.Option("--ratio", metavar="SHARE", help="Share removed; repeatable.")]
+SAMPLES = Annotated[int, typer.Option("--samples", min=1, metavar="N", help="Validation images to measure on.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,8 +40,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def profile(target: TARGET, input: INPUT = None,
-            batch: Annotated[int | None, typer.Option("--batch", min=1, help="Count at this batch size.")] = None,
-            full: Annotated[bool, typer.Option("--full", help="Also operators without MACs or weights.")] = False,
+            batch: BATCH = None, full: FULL = False,
             seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
     """What a network costs, layer by layer: MACs, parameters, bytes, peak memory."""
     say = Out(json, quiet)
@@ -45,10 +52,8 @@ def profile(target: TARGET, input: INPUT = None,
         found.show(full=full)
 
 
-def doctor(target: TARGET, input: INPUT = None,
-           trial: Annotated[bool, typer.Option("--trial/--no-trial", help="Cut half of everything on a copy, to see "
-                                                                          "what would come back.")] = True,
-           seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+def doctor(target: TARGET, input: INPUT = None, trial: TRIAL = True, seed: SEED = 0, threads: THREADS = None,
+           json: JSON = False, quiet: QUIET = False) -> None:
     """What can be pruned and what cannot, each blocker with its line of code."""
     say = Out(json, quiet)
     loaded = load_target(target, input or (), say, seed=seed, threads=threads)
@@ -56,14 +61,9 @@ def doctor(target: TARGET, input: INPUT = None,
     say.result(found.report(), found.to_json())
 
 
-def sensitivity(
-        target: TARGET,
-        data: Annotated[str, typer.Option("--data", metavar="NAME", help="fashion-mnist, mnist or cifar10.")],
-        layer: Annotated[list[str] | None, typer.Option("--layer", metavar="GLOB", help="Only these.")] = None,
-        ratio: Annotated[list[float] | None, typer.Option("--ratio", help="Share removed; repeatable.")] = None,
-        criterion: CRITERION = "l2",
-        samples: Annotated[int, typer.Option("--samples", min=1, help="Validation images to measure on.")] = 1000,
-        seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+def sensitivity(target: TARGET, data: DATASET, layer: LAYERS = None, ratio: RATIO = None, criterion: CRITERION = "l2",
+                samples: SAMPLES = 1000, seed: SEED = 0, threads: THREADS = None, json: JSON = False,
+                quiet: QUIET = False) -> None:
     """How much accuracy goes when one family of channels goes, the rest untouched."""
     say = Out(json, quiet)
     loaded = load_target(target, (), say, seed=seed, threads=threads)

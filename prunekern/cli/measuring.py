@@ -21,6 +21,10 @@ from prunekern.report import Figure, LatencyRow, Report, Table
 from prunekern.summary import environment
 
 BASELINE = "eager PyTorch"
+TIME = Annotated[bool, typer.Option("--time", help="Measure every step too, against this machine's limits.")]
+SAVE = Annotated[Path | None, typer.Option("--save", metavar="FOLDER", help="For the Program and its weights.")]
+BATCHES = Annotated[list[int] | None, typer.Option("--batch", min=1, metavar="N", help="Batch size; repeatable.")]
+SECONDS = Annotated[float, typer.Option("--seconds", min=0.0, metavar="S", help="For each contender and batch.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,10 +36,7 @@ def add_to(app: typer.Typer) -> None:
         "prunekern bench small --batch 1 --batch 64 --seconds 5 --json"))(bench)
 
 
-def lower(target: TARGET, input: INPUT = None, backend: BACKEND = "auto",
-          time: Annotated[bool, typer.Option("--time", help="Measure every step too, against this machine's limits.")
-                          ] = False,
-          save: Annotated[Path | None, typer.Option("--save", help="Folder for the Program and its weights.")] = None,
+def lower(target: TARGET, input: INPUT = None, backend: BACKEND = "auto", time: TIME = False, save: SAVE = None,
           seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
     """Turn a network into planned GEMMs, hold it to the original, and explain every step."""
     say = Out(json, quiet)
@@ -73,10 +74,9 @@ def _lower_report(model: str, lowered: Lowered, steps: Explanation) -> Report:
                   tables=(Table("Steps", tuple(columns), tuple(rows)),), notes=steps.notes)
 
 
-def bench(target: TARGET, input: INPUT = None, backend: BACKEND = "auto",
-          batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeatable.")] = None,
-          seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="For each contender and batch.")] = 2.0,
-          seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+def bench(target: TARGET, input: INPUT = None, backend: BACKEND = "auto", batch: BATCHES = None,
+          seconds: SECONDS = 2.0, seed: SEED = 0, threads: THREADS = None, json: JSON = False,
+          quiet: QUIET = False) -> None:
     """Time a network against its lowered form, taking turns: p20, p50, p80."""
     say = Out(json, quiet)
     loaded = load_target(target, input or (), say, seed=seed, threads=threads)

@@ -7,18 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
+from prunekern.backends import BACKENDS
 from prunekern.errors import TargetError
+from prunekern.prune.importance import CRITERIA
 
 TARGET = Annotated[str, typer.Argument(
     metavar="TARGET", help="package.module:factory, or the folder of a saved result.")]
 INPUT = Annotated[list[str] | None, typer.Option(
     "--input", metavar="SHAPE", help="Example input, one per argument: 1x3x224x224, 1x16:int64, mask=1x16:bool.")]
 DATA = Annotated[str | None, typer.Option("--data", metavar="NAME", help="fashion-mnist, mnist or cifar10.")]
-SEED = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
-THREADS = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch.")]
-BACKEND = Annotated[str, typer.Option("--backend", help="Who runs the lowered network.")]
-CRITERION = Annotated[str, typer.Option("--criterion", help="How important a channel is: l1, l2, bn_scale, taylor, "
-                                                           "fpgm, activation, apoz, random.")]
+SEED = Annotated[int, typer.Option("--seed", metavar="N", help="Of everything that is drawn.")]
+THREADS = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Threads of torch.")]
+BACKEND = Annotated[str, typer.Option("--backend", metavar="NAME", help="Who runs the lowered network: auto or "
+                                                        f"{', '.join(b.name for b in BACKENDS)}.")]
+CRITERION = Annotated[str, typer.Option("--criterion", metavar="NAME", help="How important a channel is: "
+                                        f"{', '.join(CRITERIA)}.")]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks.")]
 

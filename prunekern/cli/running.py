@@ -12,8 +12,13 @@ from prunekern.cli.options import JSON, QUIET, SEED, THREADS, examples
 from prunekern.errors import unknown
 from prunekern.report import Report, Table
 
-NAME = Annotated[str | None, typer.Argument(metavar="[NAME]", help="The study; left out, they are listed.")]
-NAMES = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Datasets; by default all.")]
+NAME = Annotated[str | None, typer.Argument(metavar="NAME", help="The study; left out, they are listed.")]
+NAMES = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Datasets; by default all.")]
+FULL = Annotated[bool, typer.Option("--full", help="The long form of the study.")]
+OUT = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="For everything; the same call goes on.")]
+FOLDER = Annotated[Path | None, typer.Option("--data", metavar="FOLDER", help="A folder that holds the data.")]
+FETCH = Annotated[bool, typer.Option("--fetch", help="Fill the cache.")]
+FORCE = Annotated[bool, typer.Option("--force", help="With --fetch: also what is there already.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,13 +30,8 @@ def add_to(app: typer.Typer) -> None:
         "prunekern data fashion-mnist --fetch"))(data)
 
 
-def run(name: NAME = None,
-        full: Annotated[bool, typer.Option("--full", help="The long form of the study.")] = False,
-        out: Annotated[Path | None, typer.Option("--out", help="Folder for everything; the same call goes on there.")
-                       ] = None,
-        data: Annotated[Path | None, typer.Option("--data", metavar="FOLDER", help="A folder that holds the data.")
-                        ] = None,
-        seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+def run(name: NAME = None, full: FULL = False, out: OUT = None, data: FOLDER = None, seed: SEED = 0,
+        threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
     """Run a study from data to report."""
     from prunekern.recipes import RECIPES
     say = Out(json, quiet)
@@ -51,10 +51,8 @@ def run(name: NAME = None,
         say.remark(f"everything is in {outcome.folder}; the report is {outcome.saved.folder / 'index.html'}")
 
 
-def data(names: NAMES = None,
-         fetch: Annotated[bool, typer.Option("--fetch", help="Fill the cache.")] = False,
-         force: Annotated[bool, typer.Option("--force", help="With --fetch: also what is there already.")] = False,
-         json: JSON = False, quiet: QUIET = False) -> None:
+def data(names: NAMES = None, fetch: FETCH = False, force: FORCE = False, json: JSON = False,
+         quiet: QUIET = False) -> None:
     """Where each dataset is, or would come from."""
     from prunekern.data import DATASETS, cache_folder, describe
     from prunekern.data import fetch as fetch_files
