@@ -634,6 +634,24 @@ def test_an_in_place_first_operator_leaves_the_data_alone() -> None:
         assert torch.equal(x, given)
 
 
+class Doubled(nn.Module):
+    """Doubles in place what a sigmoid needs for its gradient: plain autograd refuses it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x).mul_(2)
+
+
+def test_gradients_through_in_place_operators() -> None:
+    model = lively(nn.Sequential(nn.Conv2d(3, 6, 3), Doubled(), nn.Conv2d(6, CLASSES, 6), nn.Flatten()))
+    x, y = data(32)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        F.cross_entropy(model(x), y).backward()
+    first, _, second, _ = model
+    F.cross_entropy(second(2 * torch.sigmoid(first(x))).flatten(1), y).backward()
+    found = Evidence(grouped(model), (x, y)).gradients()
+    assert torch.allclose(found["0.weight"], first.weight.grad, rtol=1e-4, atol=1e-7)
+
+
 # ---- calibration data --------------------------------------------------------------------------------------
 
 
@@ -683,6 +701,17 @@ def test_unlabelled_data(mixed: tuple[Any, Groups]) -> None:
     confidence(twin(x)).backward()
     found = Evidence(groups, x, confidence).gradients()
     assert torch.allclose(found["back.weight"], twin.back.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_targets_that_look_like_inputs() -> None:
+    """A tuple of two tensors is inputs and targets, even where both have the shape of inputs."""
+    model = lively(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 3, 1)))
+    x, noise = data()[0], torch.randn(96, *SHAPE)
+    found = Evidence(grouped(model), (x, noise), F.mse_loss)
+    F.mse_loss(model(x), noise).backward()
+    assert torch.allclose(found.gradients()["0.weight"], model[0].weight.grad, rtol=1e-4, atol=1e-7)
+    want = F.relu(model[0](x)).detach().double().mean((0, 2, 3))
+    assert torch.allclose(found.activations()[0].mean, want, rtol=1e-5)
 
 
 class Two(nn.Module):
