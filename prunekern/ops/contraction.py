@@ -94,8 +94,8 @@ class Convolution(OpRule):
             tape.unify(far_table, far_table[:, :1])
         else:
             tape.balanced += [rows_table, far_table]
-        if per_group > 1:
-            tape.tables[name, self.table_axis] = far_table
+        if per_group > 1:      # called again: the same weights read (or issue) both
+            tape.unify(tape.tables.setdefault((name, self.table_axis), far_table), far_table)
         return rows if self._in_axis == 1 else far
 
     def macs(self, node: fx.Node, shape: ShapeOf) -> int:
