@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import Dim, Graph
 from prunekern.errors import InputError, ModelError, TraceError
+from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
 
 LABEL_BATCH = 2
@@ -155,6 +156,7 @@ class _Sizes:
 
 def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: Call, example_batch: int,
                  notes: tuple[str, ...]) -> Graph:
+    inline_grad_modes(program.graph_module)
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
              **signature.inputs_to_lifted_tensor_constants}
