@@ -244,15 +244,15 @@ def _tensors(model: nn.Module) -> tuple[dict[str, str], dict[str, str], dict[str
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Export's own log lines and deprecation warnings tell a user nothing."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Export's own log lines and deprecation warnings tell a user nothing; failures come back as errors."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
-
-
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
