@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
 
 LABEL_BATCH = 2
+NOISY = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -> Graph:
@@ -245,12 +247,12 @@ def _tensors(model: nn.Module) -> tuple[dict[str, str], dict[str, str], dict[str
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Export's own log lines and deprecation warnings tell a user nothing; failures come back as errors."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._subclasses.fake_tensor")]
+    loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):   # refused graphs are printed
             warnings.simplefilter("ignore")
             yield
     finally:
