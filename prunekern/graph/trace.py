@@ -252,7 +252,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):   # refused graphs are printed
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):   # refused graphs are printed
             warnings.simplefilter("ignore")
             yield
     finally:
