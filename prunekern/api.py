@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunekern import train as training
 from prunekern.backends import Lowered
 from prunekern.backends import lower as lower_network
+from prunekern.backends.known import select
 from prunekern.core.plan import Plan
 from prunekern.errors import InputError, TargetError
 from prunekern.graph.groups import Groups
@@ -62,6 +63,8 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     if plan is not None and (target is not None or steps != 1 or ignore):
         raise TargetError("plan= says what is kept, so target=, steps= and ignore= do not combine with it; drop one "
                           "or the other.")
+    if lower and backend != "auto":
+        select(backend)                 # before the work, not after it
     target = target or Target(macs=0.5)
     notes: list[str] = []
     call = as_call(model, _example(model, example_inputs, (calibrate, train, validate, test), notes))

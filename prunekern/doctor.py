@@ -153,18 +153,19 @@ class Diagnosis:
         return f"{len(self.families)} families of channels, {sum(f.channels for f in self.families)} channels in all"
 
     def _headline(self) -> Iterator[Figure]:
-        yield Figure("MACs in layers that can shrink", self.free, "fraction")
-        for name, share in self.minimum.items():
-            yield Figure(f"smallest reachable: {_UNITS[name]}", share, "fraction", "of the original")
+        yield Figure("layers that can shrink", self.free, "fraction", "of the MACs")
+        if self.minimum:
+            least = ", ".join(f"{_UNITS[name]} {share:.2%}" for name, share in self.minimum.items())
+            yield Figure("smallest reachable", "one channel each", detail=f"{least} left")
         if self.trial is None:
             return
         if not self.trial.form:
-            yield Figure("trial, half of every family", "FAILED", detail="; ".join(self.trial.why))
+            yield Figure("trial: half of each family", "FAILED", detail="; ".join(self.trial.why))
             return
         left = ", ".join(f"{_UNITS[name]} {after / before:.1%}"
                          for name, (before, after) in self.trial.costs.items() if before)
-        form = "your class comes back" if self.trial.form == "class" else "a rewritten graph module comes back"
-        yield Figure("trial, half of every family", form, detail="; ".join((f"{left} left", *self.trial.why)))
+        form = "your own class" if self.trial.form == "class" else "rewritten graph"
+        yield Figure("trial: half of each family", form, detail="; ".join((f"{left} left", *self.trial.why)))
 
 
 _UNITS = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}

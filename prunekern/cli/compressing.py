@@ -107,18 +107,19 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
     goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer, accuracy=accuracy, max_drop=max_drop)
     if data is None and (accuracy is not None or max_drop is not None or recalibrate):
         raise TargetError("--accuracy, --max-drop and --recalibrate need --data to measure on; add --data NAME.")
-    if goal is None and plan is None:
-        say.remark("no target given: half of the MACs")
     given = Plan.load(plan) if plan else None
     loaded = load_target(target, input or (), say, seed=seed, threads=threads)
     sets = load_sets(data, say, seed)
+    example = need_example(loaded) if sets is None else loaded.example
+    if goal is None and plan is None:
+        say.remark("no target given: half of the MACs")
     parts: dict[str, Any] = {}
     if sets is not None:
         parts = {"calibrate": sets.train[0][:1024], "validate": sets.validate, "test": sets.test,
                  "train": sets.train if epochs else None}
     with say.stages() as tell:
         result = compress_network(
-            loaded.model, loaded.example, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
+            loaded.model, example, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
             round_to=round_to, steps=steps, fit={"epochs": epochs, "lr": lr, "progress": say.live},
             recalibrate=recalibrate, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
             tell=tell, **parts)
@@ -155,7 +156,8 @@ def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES 
         given = edit_plan(groups, given, remove=_channels("--remove", remove), keep=_channels("--keep", keep))
     if out is not None:
         given.save(out)
-        say.remark(f"written to {out}; cut it with: prunekern compress {target} --plan {out}")
+        inputs = "".join(f" --input {shape}" for shape in input or ())
+        say.remark(f"written to {out}; cut it with: prunekern compress {target}{inputs} --plan {out}")
     say.result(_plan_report(type(loaded.model).__name__, groups, given), given.to_json())
 
 

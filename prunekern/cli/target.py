@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,9 @@ def _guarded(what: str, act: Callable[[], Any]) -> Any:
     try:
         return act()
     except Exception as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        line = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
+        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith("<")]
+        own = [f for f in frames if os.sep + "importlib" + os.sep not in f.filename and f.filename != __file__]
+        line = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
         raise ModelError(f"{what}: {type(error).__name__}: {error}{line}. Run prunekern in the folder that holds the "
                          "module, or install it; --traceback shows the whole way there.") from error
 

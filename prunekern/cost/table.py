@@ -79,6 +79,16 @@ def text(profile: Profile, full: bool = False) -> str:
     return "\n".join([body[0], rule, *body[1:-1], rule, body[-1], "", *summary(profile)])
 
 
+def _fitting(table: list[Row], width: int) -> list[int]:
+    """The columns that fit into ``width``, the least telling ones left out first."""
+    shown = list(range(len(COLUMNS)))
+    for spare in ("elementwise", "activations", "weights", "output", "operator"):
+        if sum(2 + max(len(row[column]) for row in table) for column in shown) <= width:
+            break
+        shown.remove(COLUMNS.index(spare))
+    return shown
+
+
 def show(profile: Profile, full: bool = False, file: TextIO | None = None) -> None:
     """Print to ``file`` (default: standard output)."""
     file = file or sys.stdout
@@ -90,16 +100,21 @@ def show(profile: Profile, full: bool = False, file: TextIO | None = None) -> No
     except ImportError:
         print(text(profile, full), file=file)
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column, title in enumerate(COLUMNS):
-        table.add_column(title, justify="left" if column < LEFT else "right", no_wrap=column >= LEFT)
-    body = rows(profile, full)
-    for row in body[:-1]:
-        table.add_row(*map(Text, row))
-    table.add_section()
-    table.add_row(*(Text(cell, style="bold") for cell in body[-1]))
     # Where the output is no terminal there is no width to fit into, and cutting figures would be a loss.
     console = Console(file=file, highlight=False, width=None if file.isatty() else 160)
+    body = rows(profile, full)
+    shown = _fitting([COLUMNS, *body], console.width)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in shown:
+        table.add_column(COLUMNS[column], justify="left" if column < LEFT else "right", no_wrap=column >= LEFT,
+                         overflow="fold")
+    for row in body[:-1]:
+        table.add_row(*(Text(row[column]) for column in shown))
+    table.add_section()
+    table.add_row(*(Text(body[-1][column], style="bold") for column in shown))
     console.print(table)
+    if len(shown) < len(COLUMNS):
+        left = ", ".join(COLUMNS[column] for column in range(len(COLUMNS)) if column not in shown)
+        console.print(Text(f"left out for want of width: {left}", style="dim"))
     for line in summary(profile):
         console.print(Text(line, style="bold red" if line.startswith("NOT COUNTED") else ""))

@@ -114,5 +114,7 @@ def infer(model: nn.Module) -> Tensor:
 
 
 def _path(path: Any) -> str:
-    text = pytree.keystr(path)
-    return text[3:] if text[:3] in ("[0]", "[1]") else text
+    """``args[0]`` or the keyword, with the way further in where a leaf lies deeper."""
+    which, first, *rest = path
+    where = f"args[{first.idx}]" if which.idx == 0 else str(first.key)
+    return where + pytree.keystr(tuple(rest))
