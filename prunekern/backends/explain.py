@@ -14,6 +14,7 @@ from prunekern.backends.roofline import Roof, measure_roof
 from prunekern.core.program import GEMMS, Program, Slot, Step
 
 REPEATS = 7
+NOTHING_DONE = ("view", "weight")      # algorithms that move nothing
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Explanation:
         return "\n".join((*lines, total, *self.notes))
 
 
-def explain(placement: Placement, inputs: Sequence[Tensor], measure: bool) -> Explanation:
+def explain(placement: Placement, inputs: Sequence[Tensor], backend: str, measure: bool) -> Explanation:
     """The rows of a Placement; measured on these inputs (the median of a few runs) where asked for."""
     program, batch = placement.program, placement.signature.batch
     seconds: dict[str, list[float]] = {}
@@ -103,7 +104,7 @@ def explain(placement: Placement, inputs: Sequence[Tensor], measure: bool) -> Ex
             row = Row(**{**asdict(row), "seconds": median,
                          "roofline": roof.seconds(row.macs, row.bytes) / median if median else 0.0})
         rows.append(row)
-    return Explanation(tuple(rows), type(placement).__name__.removesuffix("Placement").lower(), batch,
+    return Explanation(tuple(rows), backend, batch,
                        str(placement.arena), roof, program.notes)
 
 
@@ -115,9 +116,12 @@ def _row(program: Program, step: Step, batch: int, algorithm: str) -> Row:
     elif step.op == "matmul":
         *lead, m, n = step.output.at(batch)
         size = {"M": m, "N": n, "K": step.inputs[0].at(batch)[-1], "groups": math.prod(lead)}
-    weights = sum(program.weights[name].nbytes for name in step.weight_names())
+    touched = 0
+    if algorithm not in NOTHING_DONE:
+        touched = sum(program.weights[name].nbytes for name in step.weight_names())
+        touched += sum(_bytes(slot, batch) for slot in (*step.reads, *step.outputs))
     return Row(step.name, step.op, **size, algorithm=algorithm, macs=step.macs.at(batch),
-               bytes=weights + sum(_bytes(slot, batch) for slot in (*step.reads, *step.outputs)),
+               bytes=touched,
                epilogue=str(step.epilogue), source=step.source)
 
 

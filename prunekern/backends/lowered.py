@@ -161,7 +161,8 @@ class Lowered:
         """One row per step at the shape of these inputs: op, M x N x K, algorithm, MACs, bytes, epilogue; with
         ``time=True`` also the measured time and its share of this machine's roofline."""
         tensors, signature = self._bind(args, kwargs)
-        return explain(self.placement(signature), tensors, measure=time)
+        backend = self.choice(signature.device.type).backend.name
+        return explain(self.placement(signature), tensors, backend, measure=time)
 
     def verify(self, model: nn.Module | Graph, *args: Any, **kwargs: Any) -> Verification:
         """Hold this network to a model on these inputs, per step and end to end. Raises LoweringError naming the

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from prunekern.backends.base import Signature
-from prunekern.backends.reference.engine import Kernels, ReferencePlacement
+from prunekern.backends.base import Placement, Signature
+from prunekern.backends.reference.engine import Kernels, ReferencePlacement, arena_of
 from prunekern.backends.reference.gemm import GEMM_COMPILERS
 from prunekern.backends.reference.simple import SIMPLE_COMPILERS, VIEWS, placed
+from prunekern.backends.reference.slices import SlicedPlacement, slice_size
 from prunekern.core.program import Program
 
 KERNELS = Kernels({**GEMM_COMPILERS, **SIMPLE_COMPILERS}, placed, VIEWS)
@@ -20,8 +21,11 @@ class ReferenceBackend:
     def unavailable(self) -> str | None:
         return None
 
-    def place(self, program: Program, signature: Signature) -> ReferencePlacement:
+    def place(self, program: Program, signature: Signature) -> Placement:
+        size = slice_size(program, signature, arena_of(program, signature.batch, KERNELS))
+        if size < signature.batch:
+            return SlicedPlacement(program, signature, KERNELS, size)
         return ReferencePlacement(program, signature, KERNELS)
 
 
-__all__ = ["ReferenceBackend", "ReferencePlacement"]
+__all__ = ["ReferenceBackend", "ReferencePlacement", "SlicedPlacement"]

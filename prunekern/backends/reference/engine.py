@@ -23,7 +23,7 @@ from prunekern.core.activations import apply_into
 from prunekern.core.graph import Shape
 from prunekern.core.program import Program, Slot, Step
 from prunekern.errors import LoweringError
-from prunekern.lower.arena import plan
+from prunekern.lower.arena import Arena, plan
 
 Kernel = Callable[[], None]
 Compiler = Callable[["Layout", Step], Kernel]
@@ -46,11 +46,7 @@ class Layout:
     def __init__(self, program: Program, signature: Signature, kernels: Kernels) -> None:
         self.program, self.batch, self.device = program, signature.batch, signature.device
         self.producers, self.consumers = program.producers(), program.consumers()
-
-        def size(slot: Slot) -> int:
-            inside = kernels.placed(self.producers[slot.name], self.batch)
-            return math.prod(slot.at(self.batch)) * slot.dtype.itemsize if inside else 0
-        self.arena = plan(program, size, lambda step: step.op in kernels.views)
+        self.arena = arena_of(program, self.batch, kernels)
         self.memory = torch.empty(self.arena.size, dtype=torch.uint8, device=self.device)
         self.index = {name: i for i, name in enumerate(program.slots())}
         self.values: list[Any] = [None] * len(self.index)
@@ -153,6 +149,16 @@ class Layout:
             for stage in stages:
                 stage(y, rows)
         return run
+
+
+def arena_of(program: Program, batch: int, kernels: Kernels) -> Arena:
+    """Where the values that have a place live, at a batch size."""
+    producers = program.producers()
+
+    def size(slot: Slot) -> int:
+        inside = kernels.placed(producers[slot.name], batch)
+        return math.prod(slot.at(batch)) * slot.dtype.itemsize if inside else 0
+    return plan(program, size, lambda step: step.op in kernels.views)
 
 
 def waiter(device: torch.device) -> Callable[[], Any]:

@@ -18,7 +18,7 @@ from prunekern.core.graph import Shape
 from prunekern.core.program import Step
 from prunekern.kernels import im2col_nhwc, unavailable
 
-PATCH_BYTES = 1 << 20          # of the im2col matrix that is made at once
+PATCH_BYTES = 2 << 20          # of the im2col matrix that is made at once
 FEW_CHANNELS = 8               # below, runs of pixels are longer than runs of channels
 
 

@@ -74,8 +74,8 @@ def activation(layout: Layout, step: Step) -> Kernel:
     return lambda: apply_into(function.kind, function.constants, read(), y)
 
 
-BINARY: dict[str, Function] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "maximum": torch.maximum,
-          "minimum": torch.minimum}
+BINARY: dict[str, Function] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div,
+                               "maximum": torch.maximum, "minimum": torch.minimum}
 
 
 def binary(layout: Layout, step: Step) -> Kernel:
