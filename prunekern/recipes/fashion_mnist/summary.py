@@ -109,12 +109,8 @@ def _triplet(record: Record) -> Triplet:
     return Triplet(step=record.number, layer=record.stage, channels_left=record.left, before=record.before,
                    after_pruning=record.after_pruning, after_retraining=record.after_retraining,
                    incremental_drop=record.drop, macs=record.macs, accepted=record.accepted,
-                   test_accuracy=record.test, detail=f"removed {_indices(record.removed)}; "
-                   f"{record.total_drop:+.2f} points below the original")
-
-
-def _indices(removed: tuple[int, ...]) -> str:
-    return ("channels " if len(removed) > 1 else "channel ") + ", ".join(map(str, removed))
+                   test_accuracy=record.test, detail=f"{', '.join(map(str, record.removed))} out; drop in all "
+                   f"{units.points(record.total_drop)}")
 
 
 def _curves(steps: Sequence[Stored]) -> tuple[Curve, ...]:
@@ -238,9 +234,10 @@ def _notes(found: Findings) -> tuple[str, ...]:
     notes += [
         f"Data: {found.data.source}. The split into training and validation images is stratified and seeded.",
         "Each step's triplet is measured on the validation split: the network in hand before pruning, right after "
-        "pruning, after retraining. The pruning drop is the first minus the last: what this step alone costs.",
-        f"A step that costs more than {p.drop_limit:g} points is recorded and undone, and its stage ends. "
-        + _ends(records),
+        "pruning, after retraining. The pruning drop is the first minus the last: what this step alone costs. The "
+        "details name the channels that went, as numbered in the original, and the drop from the original's accuracy.",
+        f"A step that costs more than {p.drop_limit:g} point{'s' * (p.drop_limit != 1)} is recorded and undone, and "
+        "its stage ends. " + _ends(records),
         "The inputs of FC 10 are the outputs of FC 100: a neuron leaves both layers at once. The last stage goes on "
         "with those that are left, ranked by what FC 10 reads of them instead of by their incoming weights.",
         RULE, _picked(found)]
@@ -256,9 +253,9 @@ def _notes(found: Findings) -> tuple[str, ...]:
 
 def _ends(records: Sequence[Record]) -> str:
     stages: dict[str, Record] = {record.stage: record for record in records[1:]}
-    return " ".join(f"Stage “{name}” ended at {last.left}"
-                    + (f": {last.drop:.2f} points in step {last.number}." if not last.accepted else
-                       ", the last channel.") for name, last in stages.items())
+    return " ".join(f"Stage “{name}” ended with {last.left + len(last.removed)} left: {last.left} would have cost "
+                    f"{last.drop:.2f} points (step {last.number})." if not last.accepted else
+                    f"Stage “{name}” ended with one left." for name, last in stages.items())
 
 
 def _picked(found: Findings) -> str:
