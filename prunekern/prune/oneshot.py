@@ -130,8 +130,9 @@ def cut(model: nn.Module, groups: Groups, keep: Tensor, plan: Plan, *, clock: Cl
 
 def _check_prunable(groups: Groups) -> None:
     if not groups.families:
-        raise InputError("no prunable channels: " + ("; ".join(frozen_report(groups.labels)) or
-                         "every layer reads the input or writes the output") + ".")
+        raise InputError("no prunable channels: " + (
+            "; ".join(frozen_report(groups.labels)) or "every one reaches the output or is its layer's only one")
+            + ". Prune the layers before or after; prunekern doctor shows what holds each.")
 
 
 def _unchanged(keep: Tensor) -> list[str]:

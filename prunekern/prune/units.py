@@ -29,6 +29,8 @@ class Units:
 
     def removed(self, chosen: Tensor) -> Tensor:
         """Boolean [groups]: the groups of the chosen units (boolean [units])."""
+        if not len(self):
+            return torch.zeros(len(self.of), dtype=torch.bool)
         return torch.where(self.of >= 0, chosen[self.of.clamp(min=0)], False)
 
     def __len__(self) -> int:
