@@ -47,7 +47,7 @@ def fuse(program: Program) -> Program:
 
 def _activated(before: Step, step: Step) -> Step | None:
     old = before.epilogue
-    if before.op not in ACTIVATED or old.activation is not None or (old.residual is not None and old.residual_last):
+    if before.op not in ACTIVATED or old.activation is not None:
         return None
     return replace(before, outputs=step.outputs, epilogue=replace(old, activation=step.epilogue.activation))
 

@@ -3,6 +3,8 @@ itself in fp64 and fp32, at any batch size, with strided inputs; and survives be
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +186,15 @@ def test_the_model_is_left_as_it_was(backend: str) -> None:
 
 
 def test_one_network_serves_many_threads(backend: str) -> None:
-    from concurrent.futures import ThreadPoolExecutor
     model, (x,) = make("lenet", batch=3)
     lowered = lower(model, x, backend=backend)
-    inputs = [torch.randn_like(x) for _ in range(24)]
+    inputs = [torch.randn_like(x) for _ in range(100)]
     expected = [lowered(each) for each in inputs]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lowered, inputs))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lowered, inputs))
+    finally:
+        sys.setswitchinterval(before)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
