@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -38,7 +39,7 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -
     call = as_call(model, example_inputs)
     check_devices(model, call)
     example_batch = call.batch
-    with _quiet():
+    with _quiet(), _attributes_kept(model):
         return _capture(model, call, example_batch or 1)
 
 
@@ -195,8 +196,9 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
         out_spec.append(spec)
         return flat
 
+    copies = {name: tensors[name].detach().clone() for name in names}      # a forward may write to its buffers
     with torch.no_grad():
-        module = make_fx(run, tracing_mode="real", pre_dispatch=True)({n: tensors[n].detach() for n in names}, leaves)
+        module = make_fx(run, tracing_mode="real", pre_dispatch=True)(copies, leaves)
     graph = module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     state = {node.name: name for node, name in zip(placeholders, names, strict=False)}
@@ -242,6 +244,24 @@ def _tensors(model: nn.Module) -> tuple[dict[str, str], dict[str, str], dict[str
         canonical[name] = first.setdefault(id(tensor), name)
         tensors.setdefault(canonical[name], tensor)
     return canonical, {n: c for n, c in canonical.items() if n != c}, tensors
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what a traced forward leaves on its modules: ``self.calls += 1``, ``self.features = x``."""
+    torchs = vars(nn.Module())
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    inside = [(value, copy.copy(value)) for _, own in before for name, value in own.items()
+              if isinstance(value, (list, dict, set)) and name not in torchs]
+    try:
+        yield
+    finally:
+        for module, own in before:
+            vars(module).clear()
+            vars(module).update(own)
+        for value, content in inside:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
 
 
 @contextlib.contextmanager

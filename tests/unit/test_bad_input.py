@@ -66,6 +66,11 @@ class Item(Net):
         return self.fc(torch.relu(self.conv2(x[:, :, :rows])).mean((2, 3)))
 
 
+class Branch(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
 def net(**options: Any) -> Net:
     return Net(**options).eval()
 
@@ -200,9 +205,10 @@ def test_empty_loader() -> None:
     refused(InputError, "loader is empty", model=model, call=lambda: pk.compress(model, calibrate=[]))
 
 
-def test_data_dependent_control_flow() -> None:
-    model = Item().eval()
-    refused(TraceError, "Item", "depends on the data", "compress the submodules", model=model,
+@pytest.mark.parametrize("kind", [Item, Branch])
+def test_data_dependent_control_flow(kind: type[Net]) -> None:
+    model = kind().eval()
+    refused(TraceError, kind.__name__, "test_bad_input.py", "depends on the data", "compress the submodules", model=model,
             call=lambda: pk.compress(model, X))
 
 
