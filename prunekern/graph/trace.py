@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -109,16 +110,19 @@ def _fallback(model: nn.Module, call: Call, example_batch: int, failures: list[E
         return _from_make_fx(model, call, example_batch)
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} cannot be captured as one graph: {_first_line(failures[-1])}. "
+            f"{type(model).__name__} cannot be captured as one graph: {_first_line(failures[-1], error)}. "
             "Its forward depends on the data; make that part a function of shapes only, or compress the "
             "submodules that do not, e.g. prunekern.compress(model.backbone, ...).") from error
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of an error, with the line of the user's code that export blames, if any."""
+def _first_line(error: Exception, last: Exception) -> str:
+    """The first line of an error, with the line of the user's code that export blames, or where the ``last``
+    attempt broke off."""
     text = str(error).strip()
     head = text.splitlines()[0] if text else type(error).__name__
     blame = [line.strip() for line in text.splitlines() if 'File "' in line and "/torch/" not in line]
+    blame = blame or [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(last.__traceback__)
+                      if "/torch/" not in f.filename and f.filename != __file__]
     return f"{type(error).__name__}: {head}" + (f" ({blame[-1]})" if blame else "")
 
 
