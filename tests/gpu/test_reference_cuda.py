@@ -35,8 +35,6 @@ def _ieee() -> Iterator[None]:
 
 def on_device(name: str, batch: int = 2) -> tuple[nn.Module, Tensor]:
     model, (x,) = make(name, batch=batch)
-    if x.shape[-1] > 64:
-        x = x[..., :64, :64].contiguous()
     return model.to(DEVICE), x.to(DEVICE)
 
 
