@@ -123,7 +123,7 @@ class Study:
         macs, params = _costs(model)
         removed = set(_kept(current.plan, stage.layer)) - set(_kept(plan, stage.layer))
         return Record(number, stage.name, stage.layer, stage.says, tuple(sorted(removed)), widths_of(model), before,
-                      cut, after, drop, current.record.total_drop + drop, drop <= self.protocol.drop_limit, None,
+                      cut, after, drop, current.record.total_drop + drop, not self.protocol.exceeded(drop), None,
                       accuracy(model, self.splits.test), macs, plan.costs["macs"][1], fvcore_macs(model), params)
 
     def _fit(self, model: FashionNet, number: int, epochs: int, lr: float) -> History:
