@@ -17,6 +17,12 @@ from prunekern.core.graph import Dim
 from prunekern.errors import LoweringError
 
 
+def per_axis(value: Any, rank: int) -> list[int]:
+    """One number for every spatial axis."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * rank if len(values) == 1 else values
+
+
 def operator_name(target: Any) -> str:
     """``aten.conv2d.default`` of an operator. Raises LoweringError for anything else."""
     if not isinstance(target, torch._ops.OpOverload):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,22 +19,8 @@ from prunekern.core.arguments import encode, operator_name
 from prunekern.core.graph import Dim, Graph, mutates, owner, place, pure
 from prunekern.core.program import NO_EPILOGUE, Epilogue, Program, Slot, Step
 from prunekern.core.rule import OpRule
-from prunekern.core.views import BASE, VALUE, relation, scatter
+from prunekern.core.views import BASE, VALUE, Broken, Constant, relation, scatter
 from prunekern.errors import LoweringError
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A value that does not depend on the inputs: the name of a weight."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A value that was written through a view in a way that has no pure form here."""
-
-    message: str
 
 
 class Builder:
@@ -151,13 +136,21 @@ class Builder:
         return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
 
     def between(self, op: str, node: fx.Node, inputs: Sequence[Any], shape: tuple[Dim, ...],
-                attributes: Mapping[str, Any] | None = None) -> Slot:
+                attributes: Mapping[str, Any] | None = None, epilogue: Epilogue = NO_EPILOGUE) -> Slot:
         """Add a Step for a part of what the node does; gives its slot."""
         slot = Slot(self._unique(f"{node.name}.{op}"), shape, self._dtypes[node.name][0])
         slots = tuple(item if isinstance(item, Slot) else self.slot(item) for item in inputs)
-        self.steps.append(Step(op, slot.name, slots, (slot,), dict(attributes or {}), source=owner(node)[0],
-                               place=place(node)))
+        self.steps.append(Step(op, slot.name, slots, (slot,), dict(attributes or {}), epilogue=epilogue,
+                               source=owner(node)[0], place=place(node)))
         return slot
+
+    def reordered(self, node: fx.Node, x: fx.Node, split: tuple[Dim, ...], axes: Sequence[int]) -> bool:
+        """The node is x in a finer shape, its axes permuted, in the node's own shape."""
+        fine = self.between("move", node, (x,), split, {"kind": "reshape"})
+        order = {"kind": "permute", "axes": list(axes)}
+        moved = self.between("move", node, (fine,), tuple(split[a] for a in axes), order)
+        self.step("move", node, (moved,), {"kind": "reshape"})
+        return True
 
     def same(self, node: fx.Node, source: fx.Node) -> None:
         """The node has its source's value and needs no step."""
@@ -391,12 +384,6 @@ class Builder:
             fresh, count = f"{name}.{count}", count + 1
         self._names.add(fresh)
         return fresh
-
-
-def per_axis(value: Any, rank: int) -> list[int]:
-    """One number for every spatial axis."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values * rank if len(values) == 1 else values
 
 
 def _dtypes(node: fx.Node) -> list[Any]:

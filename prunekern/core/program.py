@@ -9,6 +9,8 @@ Operators that every backend implements (slots hold logical shapes, channels on 
 | `conv_transpose` | the same, output_padding                                      | weight [I, O/g, k...]       |
 | `linear`         |                                                               | weight [O, I]               |
 | `matmul`         |                                                               |                             |
+| `attention`      | causal, scale (None: 1/sqrt(E)); inputs q, k, v, mask (optional; bool or added). Fewer heads of k |
+|                  | and v than of q are shared by as many heads of q in a row                                    |
 | `scale`          | axis: y = x * scale + shift along it                          | scale, shift: [n] or [1]    |
 | `activation`     | (in the epilogue)                                             |                             |
 | `binary`         | kind: add, sub, mul, div, maximum, minimum (broadcasting)     |                             |
@@ -46,7 +48,7 @@ from prunekern.errors import LoweringError
 GEMMS = ("conv", "conv_transpose", "linear")
 ACTIVATED = (*GEMMS, "matmul", "scale", "binary", "activation")
 OPS = frozenset((*ACTIVATED, "pool", "adaptive_pool", "reduce", "pad", "resize", "cat", "move", "softmax", "layer_norm",
-                 "rms_norm", "group_norm", "embedding", "prelu", "constant", "aten"))
+                 "rms_norm", "group_norm", "attention", "embedding", "prelu", "constant", "aten"))
 
 
 @dataclass(frozen=True, slots=True)

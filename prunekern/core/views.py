@@ -1,7 +1,8 @@
-"""Which nodes share memory, and how a write to a view becomes a pure write to what it is a view of."""
+"""What nodes stand for, which of them share memory, and how a write to a view becomes a pure write to its base."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,20 @@ from torch import Tensor, fx
 from prunekern.core.graph import Dim
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that does not depend on the inputs: the name of a weight."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A value that was written through a view in a way that has no pure form here."""
+
+    message: str
 
 
 def relation(node: fx.Node) -> str:

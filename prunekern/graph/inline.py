@@ -1,8 +1,10 @@
-"""`with torch.no_grad():` inside a forward: torch.export keeps such a part as a graph in the graph; here it joins it."""
+"""``with torch.no_grad():`` inside a forward: torch.export makes such a part a graph of its own; here it joins."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -20,15 +22,15 @@ def inline_grad_modes(module: fx.GraphModule) -> fx.Graph:
 
 
 def _inline(graph: fx.Graph, node: fx.Node, region: fx.GraphModule) -> None:
-    given = iter(node.args[2:])
+    given: Iterator[Any] = iter(node.args[2:])
     values: dict[fx.Node, fx.Node] = {}
     outputs: tuple[fx.Node, ...] = ()
     with graph.inserting_before(node):
         for inner in inline_grad_modes(region).nodes:
             if inner.op == "placeholder":
-                values[inner] = next(given)  # type: ignore[assignment]
+                values[inner] = next(given)
             elif inner.op == "output":
-                outputs = fx.node.map_arg(inner.args[0], values.__getitem__)  # type: ignore[assignment]
+                outputs = fx.node.map_arg(inner.args[0], values.__getitem__)
             else:
                 values[inner] = graph.node_copy(inner, values.__getitem__)
     for user in list(node.users):

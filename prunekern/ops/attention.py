@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 from torch.nn import functional
 
+from prunekern.core.builder import Builder
 from prunekern.core.graph import Shape, ShapeOf
 from prunekern.core.labels import Tape
 from prunekern.core.rule import OpRule, Sample, aten, numel
@@ -54,6 +55,17 @@ class Attention(OpRule):
     def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
         """fvcore does not know attention as one operator."""
         return 0
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        given = build.arguments(node)
+        mask = given.get("attn_mask")
+        if given.get("dropout_p", 0.0) != 0.0 or not build.is_float(node) or build.rank(node) < 3:
+            return False
+        inputs = [given[name] for name in ("query", "key", "value")] + ([] if mask is None else [mask])
+        scale = given.get("scale")
+        build.step("attention", node, inputs, {"causal": bool(given.get("is_causal", False)),
+                                               "scale": None if scale is None else float(scale)})
+        return True
 
 
 RULES: tuple[OpRule, ...] = (Attention(),)

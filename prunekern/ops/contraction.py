@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from prunekern.core.builder import Builder, per_axis
+from prunekern.core.arguments import per_axis
+from prunekern.core.builder import Builder
 from prunekern.core.graph import Shape, ShapeOf
 from prunekern.core.labels import Planes, Tape, spread, varying
 from prunekern.core.program import Epilogue

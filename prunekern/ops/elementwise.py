@@ -225,6 +225,18 @@ class GLU(OpRule):
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return 2 * numel(shape(node))
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x, half = node.args[0], build.shape(node)
+        axis: int = argument(node, 1, "dim", -1) % len(half)
+        if half[axis].scale or not build.is_float(node):
+            return False
+        where = {"kind": "slice", "axis": axis, "step": 1}
+        first, second = (build.between("move", node, (x,), half, {**where, "start": start})
+                         for start in (0, half[axis].offset))
+        gate = build.between("activation", node, (second,), half, epilogue=Epilogue(activation=Function("sigmoid")))
+        build.step("binary", node, (first, gate), {"kind": "mul"})
+        return True
+
 
 class Softmax(OpRule):
     """softmax and log_softmax: channels on the normalised axis stay, others pass."""

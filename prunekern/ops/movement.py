@@ -23,7 +23,8 @@ class Move(OpRule):
     """Operators that rearrange one tensor without mixing values and without sizes to rewrite."""
 
     matches = aten("permute", "transpose.int", "transpose_", "t", "t_", "movedim", "swapaxes", "squeeze", "squeeze_",
-                   "unsqueeze", "unsqueeze_", "flatten.using_ints", "repeat_interleave.self_int", "flip", "unbind.int", "tril", "triu", "diagonal", "rot90", "numpy_T", "mT")
+                   "unsqueeze", "unsqueeze_", "flatten.using_ints", "repeat_interleave.self_int", "flip", "unbind.int",
+                   "tril", "triu", "diagonal", "rot90", "numpy_T", "mT")
     samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), "permute", MAP),
         sample(lambda x: x.flatten(1), "flatten", MAP),
@@ -45,7 +46,8 @@ class Move(OpRule):
             tape.give(node, results)
 
     orders = ("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "mT")
-    shapes = ("squeeze", "unsqueeze", "flatten", "view", "reshape", "_unsafe_view", "unflatten", "view_as", "reshape_as")
+    shapes = ("squeeze", "unsqueeze", "flatten", "view", "reshape", "_unsafe_view", "unflatten", "view_as",
+              "reshape_as")
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
         name = build.name(node)
@@ -60,8 +62,23 @@ class Move(OpRule):
             axis = argument(node, 1, "dim", 0) % build.rank(x)
             for i in range(len(build.graph.dims[node.name])):
                 lower_select(node, build, x, axis, i, i)
+        elif name == "repeat_interleave":
+            return self._repeated(node, build, x)
         else:
             return False
+        return True
+
+    def _repeated(self, node: fx.Node, build: Builder, x: fx.Node) -> bool:
+        """Every index several times in a row: a new axis behind it, expanded."""
+        axis, shape = argument(node, 2, "dim", None), build.shape(x)
+        if axis is None or not build.is_fixed(node.args[1]):
+            return False
+        axis %= len(shape)
+        one, count = Dim(0, 1), Dim(0, build.fixed(node.args[1]))
+        head, tail = shape[:axis + 1], shape[axis + 1:]
+        single = build.between("move", node, (x,), (*head, one, *tail), {"kind": "reshape"})
+        wide = build.between("move", node, (single,), (*head, count, *tail), {"kind": "expand"})
+        build.step("move", node, (wide,), {"kind": "reshape"})
         return True
 
 
@@ -312,6 +329,21 @@ class Roll(Move):
                 shifts[i] = int(alive[length - shifts[i] % length:].sum())
         return node.target, (node.args[0], shifts, axes), {}
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x: Any = node.args[0]
+        shape, axes = build.shape(x), argument(node, 2, "dims", [])
+        if not axes or not build.is_fixed(node.args[1]) or any(shape[axis].scale for axis in axes):
+            return False
+        for shift, axis in zip(build.fixed(node.args[1]), axes, strict=True):
+            size, axis = shape[axis].offset, axis % len(shape)
+            first = -shift % size if size else 0
+            pieces = [build.between("move", node, (x,), (*shape[:axis], Dim(0, length), *shape[axis + 1:]),
+                                    {"kind": "slice", "axis": axis, "start": start, "step": 1})
+                      for start, length in ((first, size - first), (0, first)) if length]
+            x = build.between("cat", node, pieces, shape, {"axis": axis})
+        build.step("move", node, (x,), {"kind": "reshape"})
+        return True
+
 
 class ChannelShuffle(Move):
     """channel_shuffle(x, g): every one of the g rows keeps the same channels."""
@@ -332,18 +364,41 @@ class ChannelShuffle(Move):
             planes.append(spread(table.t().reshape(-1), 1, shape))
         tape.give(node, planes)
 
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        first, channels, *rest = build.shape(x)
+        groups: int = node.args[1]  # type: ignore[assignment]
+        split = (first, Dim(0, groups), Dim(0, channels.offset // groups), *rest)
+        return not channels.scale and build.reordered(node, x, split, (0, 2, 1, *range(3, len(split))))
+
 
 class PixelShuffle(Move):
     """pixel_shuffle and pixel_unshuffle: the r * r channels that make one channel of the larger map leave together."""
 
     matches = aten("pixel_shuffle", "pixel_unshuffle")
-    samples = (Sample(lambda: nn.PixelShuffle(2), ((2, 8, 3, 3),)), Sample(lambda: nn.PixelUnshuffle(2), ((2, 6, 4, 4),)))
+    samples: ClassVar[tuple[Sample, ...]] = (
+        Sample(lambda: nn.PixelShuffle(2), ((2, 8, 3, 3),)), Sample(lambda: nn.PixelUnshuffle(2), ((2, 6, 4, 4),)))
 
     def run(self, node: fx.Node, tape: Tape, plane: Plane) -> Any:
         moved = super().run(node, tape, plane)
         channels, rest = tape.along(node, (moved,), moved.dim() - 3)
         tape.freeze_planes(node, rest, "its positions are rearranged")
         return moved if channels is None else spread(channels, moved.dim() - 3, tape.shape(node))
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        factor: int = node.args[1]  # type: ignore[assignment]
+        unshuffle = "unshuffle" in build.name(node)
+        fine, coarse = (build.shape(x), build.shape(node)) if unshuffle else (build.shape(node), build.shape(x))
+        *lead, channels, height, width = fine
+        r, (high, wide), n = Dim(0, factor), coarse[-2:], len(lead)
+        if channels.scale or height.scale or width.scale:
+            return False
+        if unshuffle:
+            axes = (*range(n + 1), n + 2, n + 4, n + 1, n + 3)
+            return build.reordered(node, x, (*lead, channels, high, r, wide, r), axes)
+        axes = (*range(n + 1), n + 3, n + 1, n + 4, n + 2)
+        return build.reordered(node, x, (*lead, channels, r, r, high, wide), axes)
 
 
 class GetItem(OpRule):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from prunekern.core.builder import Builder, per_axis
+from prunekern.core.arguments import per_axis
+from prunekern.core.builder import Builder
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, spread, varying
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
@@ -162,8 +163,9 @@ class Resize(OpRule):
         scale = 1 if "upsample_nearest2d" in name else 4 if "upsample_bilinear2d" in name else 0
         return scale * numel(shape(node))
 
-    modes: ClassVar = {"upsample_nearest": "nearest", "_upsample_nearest_exact": "nearest_exact", "upsample_linear": "linear",
-             "upsample_bilinear": "linear", "upsample_trilinear": "linear", "upsample_bicubic": "cubic"}
+    modes: ClassVar[dict[str, str]] = {
+        "upsample_nearest": "nearest", "_upsample_nearest_exact": "nearest_exact", "upsample_linear": "linear",
+        "upsample_bilinear": "linear", "upsample_trilinear": "linear", "upsample_bicubic": "cubic"}
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
         given, name = build.arguments(node), build.name(node)

@@ -22,6 +22,7 @@ from prunekern.backends import BACKENDS, Lowered, lower
 from prunekern.backends.base import Signature, choose
 from prunekern.backends.reference import ReferenceBackend, SlicedPlacement
 from prunekern.backends.reference.slices import independent
+from prunekern.backends.verify import verify_graph
 from prunekern.core.graph import Dim
 from prunekern.core.program import Activation, Epilogue, Program, Slot, Step
 from prunekern.core.storage import from_json, load_program, to_json
@@ -163,9 +164,10 @@ def _diagonal(m: Net, x: Tensor) -> Tensor:
     return y.sum(1)
 
 
-WRITES = (_slice_fill, _select_then_read_other_view, _write_through_reshape_and_transpose, _view_of_view, _copy_is_no_view,
-          _chained, _writes_to_the_input, _constant_written, _constant_filled_from_activations, _copied_into,
-          _dropout_returns_its_argument, _contiguous_of_contiguous, _masked, _diagonal)
+WRITES = (_slice_fill, _select_then_read_other_view, _write_through_reshape_and_transpose, _view_of_view,
+          _copy_is_no_view, _chained, _writes_to_the_input, _constant_written,
+          _constant_filled_from_activations, _copied_into, _dropout_returns_its_argument,
+          _contiguous_of_contiguous, _masked, _diagonal)
 
 
 @pytest.mark.parametrize("forward", WRITES, ids=lambda f: f.__name__.strip("_"))
@@ -217,6 +219,39 @@ def test_an_operator_without_a_step_of_its_own_is_visible_by_name() -> None:
     assert targets == ["aten.cumsum.default", "aten.gt.Scalar", "aten.masked_fill.Scalar"]
     assert {"float": "-inf"} in lowered.program.steps[-2].attributes["args"]
     json.dumps(lowered.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("forward", "shape"), [
+    (lambda m, x: F.glu(x, 1), (6, 4, 4)), (lambda m, x: x.roll((1, -2), (2, 1)), (6, 4, 4)),
+    (lambda m, x: x.roll(4, 2), (6, 4, 4)), (lambda m, x: F.channel_shuffle(x, 3), (6, 4, 4)),
+    (lambda m, x: F.pixel_shuffle(x, 2), (8, 3, 5)), (lambda m, x: F.pixel_unshuffle(x, 2), (3, 4, 6)),
+    (lambda m, x: x.repeat_interleave(3, 2), (6, 4)), (lambda m, x: torch.stack(x.unbind(1)[::-1], 2), (3, 4)),
+    (lambda m, x: x.movedim(1, -1).narrow(2, 1, 2)[..., 1::2], (6, 4, 4))], ids=range(9))
+def test_movement_is_made_of_plain_moves(forward: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+    lowered = hold(forward, *shape)
+    assert {step.op for step in lowered.program.steps} <= {"move", "cat", "activation", "binary"}
+
+
+def _attention(**kwargs: Any) -> Callable[..., Tensor]:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        q = x.view(-1, 5, 4, 6).transpose(1, 2)
+        k = v = q[:, ::2] if kwargs.get("enable_gqa") else q
+        return F.scaled_dot_product_attention(q, k, v, **kwargs)
+    return forward
+
+
+_MASK = torch.rand(5, 5) > 0.4
+_MASK[2] = False
+
+
+@pytest.mark.parametrize("kwargs", [
+    {}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": _MASK}, {"enable_gqa": True},
+    {"attn_mask": torch.randn(1, 4, 5, 5).double()}], ids=range(6))
+def test_attention(kwargs: dict[str, Any]) -> None:
+    lowered = hold(_attention(**kwargs), 5, 24)
+    assert "attention" in {step.op for step in lowered.program.steps}
+    assert "aten" not in {step.op for step in lowered.program.steps}
+    assert lowered.program.macs(3) == 3 * 4 * 5 * 5 * 12
 
 
 def test_regions_without_gradients_are_part_of_the_network() -> None:
@@ -512,7 +547,7 @@ def test_choosing_a_backend(caplog: pytest.LogCaptureFixture) -> None:
         choose("absent", known, "cpu")
     with pytest.raises(BackendUnavailable, match="not on mps"):
         choose("reference", known, "mps")
-    with pytest.raises(UnknownName, match="absent, auto, .*reference"):
+    with pytest.raises(UnknownName, match=r"absent, auto, .*reference"):
         choose("fastest", known, "cpu")
     with pytest.raises(BackendUnavailable, match="no backend runs on"):
         choose("auto", (Absent(),), "cpu")
@@ -583,7 +618,6 @@ def test_a_trace_that_is_not_the_model_is_noticed() -> None:
     lowered = lower(graph, verify=False)
     lowered.verify(graph, x64(3, 6))
     with pytest.raises(LoweringError, match="traced graph is not what the model gives"):
-        from prunekern.backends.verify import verify_graph
         verify_graph(lowered, graph, (x64(3, 6),), {}, net)
 
 

@@ -211,6 +211,24 @@ def group_norm(layout: Layout, step: Step) -> Kernel:
     return _fresh(layout, step, run)
 
 
+def attention(layout: Layout, step: Step) -> Kernel:
+    """softmax(q k^T / sqrt(E) + mask) v, Vaswani et al. 2017, equation 1; a row with all masked gives zeros."""
+    (*_, rows, width), (*_, columns, _) = (layout.shape(slot) for slot in step.inputs[:2])
+    factor, causal = step.attributes["scale"], step.attributes["causal"]
+    factor = width ** -0.5 if factor is None else factor
+    seen = torch.ones(rows, columns, dtype=torch.bool, device=layout.device).tril() if causal else None
+
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        key, value = (t if t.shape[-3] == query.shape[-3] or query.dim() < 4 else
+                      t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        scores = torch.matmul(query * factor, key.transpose(-2, -1))
+        for each in (mask, seen):
+            if each is not None:
+                scores = scores.masked_fill(~each, -torch.inf) if each.dtype == torch.bool else scores.add_(each)
+        return torch.matmul(aten._safe_softmax(scores, -1), value)
+    return _fresh(layout, step, run, "GEMM, softmax, GEMM")
+
+
 def embedding(layout: Layout, step: Step) -> Kernel:
     weight = layout.weight(step.weights["weight"])
     return _fresh(layout, step, lambda indices: weight[indices], "gather")
@@ -299,8 +317,8 @@ def call(layout: Layout, step: Step) -> Kernel:
 SIMPLE_COMPILERS: dict[str, Compiler] = {
     "scale": scale, "activation": activation, "binary": binary, "pool": pool, "adaptive_pool": adaptive_pool,
     "reduce": reduce, "pad": pad, "resize": resize, "cat": cat, "softmax": softmax, "layer_norm": layer_norm,
-    "rms_norm": layer_norm, "group_norm": group_norm, "embedding": embedding, "prelu": prelu, "constant": constant,
-    "move": move, "aten": call}
+    "rms_norm": layer_norm, "group_norm": group_norm, "attention": attention,
+    "embedding": embedding, "prelu": prelu, "constant": constant, "move": move, "aten": call}
 
 PLACED = ("conv", "conv_transpose", "linear", "matmul", "scale", "activation", "binary", "reduce", "cat")
 VIEWS = ("move", "aten")

@@ -56,6 +56,8 @@ def _keeps_samples(step: Step) -> bool:
             return bool(at["axis"] != 0)
         case "linear" | "matmul":
             return rank > (1 if step.op == "linear" else 2) and all(map(_is_batched, step.inputs))
+        case "attention":
+            return rank > 3 and all(map(_is_batched, step.inputs[:3]))
         case "reduce":
             return 0 not in at["axes"]
         case "pad":
