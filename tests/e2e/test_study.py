@@ -25,7 +25,7 @@ from prunekern.recipes.fashion_mnist import DEFAULT, FULL, Outcome, Protocol, ru
 from prunekern.recipes.fashion_mnist.choose import choose
 from prunekern.recipes.fashion_mnist.network import LAYERS, FashionNet
 from prunekern.recipes.fashion_mnist.pipeline import _dataset, _identity
-from prunekern.recipes.fashion_mnist.protocol import differences
+from prunekern.recipes.fashion_mnist.protocol import differences, for_subset
 from prunekern.recipes.fashion_mnist.records import Record
 from prunekern.report import DENSE, Report, on_front
 from prunekern.report.save import NAMES
@@ -398,6 +398,28 @@ def test_the_default_study_differs_only_where_it_says() -> None:
     assert differences(FULL) == ""
     same = replace(DEFAULT, name="full", retrain_epochs=5, stages=FULL.stages)
     assert same == FULL
+
+
+def test_small_data_gets_more_epochs_and_says_so() -> None:
+    for protocol in (DEFAULT, FULL):
+        changed = for_subset(protocol)
+        assert changed.epochs > protocol.epochs
+        assert changed.retrain_epochs >= protocol.retrain_epochs
+        assert f"{changed.epochs} epochs of training instead of {FULL.epochs}" in differences(changed)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_shipped_images_are_studied_that_way(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Protocol] = []
+
+    def stop(protocol: Protocol, *rest: Any) -> None:
+        seen.append(protocol)
+        raise Killed
+
+    monkeypatch.setattr("prunekern.recipes.fashion_mnist.pipeline.study", stop)
+    with pytest.raises(Killed):
+        run(tmp_path, full, data=load("fashion-mnist", embedded=True), threads=1, progress=False)
+    assert seen == [for_subset(FULL if full else DEFAULT)]
 
 
 def test_a_drop_of_exactly_the_limit_is_borne() -> None:

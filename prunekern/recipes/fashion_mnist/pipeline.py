@@ -26,7 +26,7 @@ from prunekern.recipes.fashion_mnist.choose import Pick, choose
 from prunekern.recipes.fashion_mnist.measure import BASELINE, agreement, latencies, lowered_of
 from prunekern.recipes.fashion_mnist.network import example
 from prunekern.recipes.fashion_mnist.progress import Teller, teller
-from prunekern.recipes.fashion_mnist.protocol import DEFAULT, FULL, Protocol
+from prunekern.recipes.fashion_mnist.protocol import DEFAULT, FULL, Protocol, for_subset
 from prunekern.recipes.fashion_mnist.records import Record, Store, Stored
 from prunekern.recipes.fashion_mnist.steps import Study, study
 from prunekern.recipes.fashion_mnist.summary import Findings, lowered_name, report_of
@@ -78,9 +78,12 @@ def run(out: str | Path = "runs/fashion-mnist", full: bool = False, data: str | 
     the same table on the same machine. Raises ArtefactError where ``out`` holds a study with other settings,
     DataError, and what pruning and lowering raise.
     """
-    protocol, out = protocol or (FULL if full else DEFAULT), Path(out)
+    out = Path(out)
     with _threads(threads), teller(progress) as tell:
         dataset = _dataset(data, subset, seed, progress)
+        if protocol is None:
+            protocol = FULL if full else DEFAULT
+            protocol = for_subset(protocol) if dataset.embedded else protocol
         tell.say(f"{len(dataset.train_labels):,} + {len(dataset.test_labels):,} images: {dataset.source}")
         store = Store(out, _identity(protocol, dataset, seed))
         work = study(protocol, dataset, seed, store, tell)

@@ -90,6 +90,12 @@ DEFAULT = Protocol(stages=_in_steps(fc1=5))
 """The same in minutes: one epoch after every step, and five neurons of FC 100 at a time."""
 
 
+def for_subset(protocol: Protocol) -> Protocol:
+    """The same for the few thousand images that ship with the package: more epochs, each of few updates."""
+    return replace(protocol, name=f"{protocol.name} (small data)", epochs=max(20, protocol.epochs),
+                   retrain_epochs=max(4, protocol.retrain_epochs))
+
+
 def differences(protocol: Protocol) -> str:
     """How a protocol differs from the full study, in words; '' where it does not."""
     if replace(protocol, name=FULL.name) == FULL:
