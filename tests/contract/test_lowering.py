@@ -109,6 +109,17 @@ def test_architectures(name: str, backend: str, tmp_path: Path) -> None:
     assert_same(Lowered.load(tmp_path, backend=backend)(x), lowered(x), 0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["fashion", "resnet20", "mobilenet_v2"])
+def test_half_precision(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Held to fp64 by ``lower``; MobileNet's depthwise sums need more than the dtype's own additions."""
+    model, (x,) = make(name, batch=2)
+    lowered = lower(model.to(dtype), x.to(dtype), backend=backend)
+    assert lowered(x.to(dtype)).dtype == dtype
+    assert lowered.verification is not None
+    assert lowered.verification.torch_error < 0.3       # so that the limit means something
+
+
 class Calls(TorchFunctionMode):
     """The torch functions that are called, at the Python level."""
 

@@ -18,8 +18,9 @@ from prunekern.core.graph import Shape
 from prunekern.core.program import Step
 from prunekern.kernels import im2col_nhwc, unavailable
 
-PATCH_BYTES = 2 << 20          # of the im2col matrix that is made at once
-FEW_CHANNELS = 8               # below, runs of pixels are longer than runs of channels
+PATCH_BYTES = 2 << 20              # of the im2col matrix that is made at once: what stays in cache
+DEVICE_PATCH_BYTES = 256 << 20     # on a GPU: few launches, bounded memory
+FEW_CHANNELS = 8                   # below, runs of pixels are longer than runs of channels
 
 
 def conv(layout: Layout, step: Step) -> Kernel:
@@ -105,7 +106,8 @@ class _Window:
 
 def per_slice(layout: Layout, batch: int, bytes_each: int) -> int:
     """How many images are worked on at once."""
-    return max(1, min(batch, PATCH_BYTES // max(1, bytes_each))) if layout.device.type == "cpu" else max(1, batch)
+    budget = PATCH_BYTES if layout.device.type == "cpu" else DEVICE_PATCH_BYTES
+    return max(1, min(batch, budget // max(1, bytes_each)))
 
 
 def _rows(y: Tensor) -> Tensor:
@@ -259,9 +261,14 @@ def _depthwise(layout: Layout, step: Step) -> Kernel:
     shift = None if bias is None else bias.view(channels, each)
     spots = [(slice(None),) * (rank + 1) + _unravel(number, tuple(window.kernel)) for number in range(len(taps))]
 
+    half = y.dtype.itemsize < 4
+    if half:                       # sums of many terms are kept in fp32, as a GEMM keeps them
+        taps, shift = taps.float(), None if shift is None else shift.float()
+
     def product(part: _Part) -> None:
-        views = window.windows(part)
-        out = window.last(part.y).unflatten(-1, (channels, each))
+        views = window.windows(part).float() if half else window.windows(part)
+        place = window.last(part.y).unflatten(-1, (channels, each))
+        out = torch.empty_like(place, dtype=torch.float32) if half else place
         first, *rest = [views[spot].unsqueeze(-1) for spot in spots]
         if shift is None:
             torch.mul(first, taps[0], out=out)
@@ -269,6 +276,8 @@ def _depthwise(layout: Layout, step: Step) -> Kernel:
             torch.addcmul(shift, first, taps[0], out=out)
         for view, tap in zip(rest, taps[1:], strict=True):
             out.addcmul_(view, tap)
+        if half:
+            place.copy_(out)
     return _over_parts(window, product, layout.finish(step, skip_bias=True))
 
 
