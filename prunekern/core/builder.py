@@ -168,7 +168,7 @@ class Builder:
                 self.lower(node)
         outputs = tuple(self._output(leaf) for leaf in pytree.tree_leaves(graph.output.args[0], is_leaf=_is_none))
         program = Program((), {}, tuple(inputs), outputs, graph.in_spec, graph.out_spec, parameters,
-                          batch=None if graph.free_batch else graph.example_batch, notes=tuple(self.notes))
+                          batch=None if graph.free_batch else graph.batch, notes=tuple(self.notes))
         return program.with_steps(self.steps, self.weights)
 
     def lower(self, node: fx.Node) -> None:
@@ -338,7 +338,7 @@ class Builder:
     def affine(self, count: Callable[[int], int]) -> Dim:
         """A count of the batch as a Dim."""
         if not self.graph.free_batch:
-            return Dim(0, count(self.graph.example_batch))
+            return Dim(0, count(self.graph.batch))
         first, second = count(2), count(3)
         return Dim(second - first, first - 2 * (second - first))
 
