@@ -6,6 +6,7 @@ finished output. Inputs are converted and bound before the clock starts, for eve
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import copy
 import importlib.util
@@ -228,20 +229,24 @@ class OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the main thread after so many seconds, where the platform has interval timers."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Raise OutOfTime in the main thread at its next Python instruction after so many seconds.
+
+    The signal is simulated: OpenVINO leaves an alternative signal stack behind that is gone once its network is,
+    and delivering a real one then ends the process.
+    """
+    number = getattr(signal, "SIGALRM", signal.SIGINT)
+    timer = threading.Timer(seconds, _thread.interrupt_main, (number,))
+    timer.daemon = True
 
     def stop(number: int, frame: types.FrameType | None) -> None:
         raise OutOfTime
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(number, stop)
+    timer.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        timer.cancel()
+        signal.signal(number, before)
 
 
 @contextlib.contextmanager

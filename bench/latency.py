@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)                 # a plain checkout is enough: nothing need be installed
+if not __package__:                     # run as a file; a plain checkout is enough, nothing need be installed
+    sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
