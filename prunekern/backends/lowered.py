@@ -206,6 +206,13 @@ def pair(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return Call(args, kwargs)
 
 
+def _capture(model: nn.Module, example_inputs: Any) -> Graph:
+    """With a free batch, or else at the very batch size of the example."""
+    graph = trace(model, example_inputs)
+    same = graph.free_batch or graph.batch == graph.example_batch
+    return graph if same else trace(model, example_inputs, widen=False)
+
+
 def lower(model: nn.Module | Graph, example_inputs: Any = None, *, backend: str = "auto", verify: bool = True,
           fuse: bool = True) -> Lowered:
     """Turn a trained network into planned GEMMs on a backend, and hold the result to the model.
@@ -218,7 +225,7 @@ def lower(model: nn.Module | Graph, example_inputs: Any = None, *, backend: str 
     Raises what ``trace`` raises, LoweringError (no pure form; tolerance missed), UnknownName and
     BackendUnavailable.
     """
-    graph = model if isinstance(model, Graph) else trace(model, example_inputs)
+    graph = model if isinstance(model, Graph) else _capture(model, example_inputs)
     module = None if isinstance(model, Graph) else model
     parameters = tuple(inspect.signature(module.forward).parameters) if module is not None else ()
     program = build(graph, parameters)

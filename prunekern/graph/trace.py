@@ -26,11 +26,12 @@ LABEL_BATCH = 2
 NOISY = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
-def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -> Graph:
+def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False, widen: bool = True) -> Graph:
     """Capture ``model``'s forward as one graph of whole operators; the model is only read.
 
     example_inputs: a tensor, a tuple (positional) or a dict (keyword arguments); axis 0 is the batch. The
     batch is free in the result wherever the forward allows it; otherwise ``Graph.notes`` says so.
+    widen: capture a batch of one at two, where sizes that are 1 by chance cannot be taken for broadcast axes.
 
     Raises ModelError (not a Module, training mode, NaN, mixed devices), InputError (the forward fails on the
     inputs; the user's own error is chained) and TraceError (control flow that depends on data).
@@ -41,7 +42,7 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -
     check_devices(model, call)
     example_batch = call.batch
     with _quiet(), _attributes_kept(model):
-        return _capture(model, call, example_batch or 1)
+        return _capture(model, call, example_batch or 1, widen)
 
 
 def check_model(model: nn.Module, allow_train: bool = False) -> None:
@@ -79,9 +80,9 @@ def check_devices(model: nn.Module, call: Call) -> None:
                              f"move one of them, e.g. inputs.to({str(next(iter(devices)))!r}).")
 
 
-def _capture(model: nn.Module, call: Call, example_batch: int) -> Graph:
+def _capture(model: nn.Module, call: Call, example_batch: int, widen: bool) -> Graph:
     """Free batch first; then fixed, at two for a batch of one; then the batch of one itself."""
-    wide = call.doubled()
+    wide = call.doubled() if widen else call
     fixed = "the forward fixes its batch size; the graph holds for batch {} only"
     ways: list[tuple[Call, Any, tuple[str, ...]]] = [(wide, None, (fixed.format(wide.batch),))]
     if wide.batch is not None:

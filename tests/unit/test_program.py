@@ -516,6 +516,17 @@ def test_arguments_by_keyword_and_constants() -> None:
         scaled(x=x, y=y, scale=4.0)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_forward_that_fixes_its_batch_is_lowered_for_the_batch_of_the_example(batch: int) -> None:
+    net = Net(lambda m, x: torch.stack([m.fc(row.unsqueeze(0))[0] for row in x.unbind(0)]))
+    x = x64(batch, 6)
+    lowered = lower(net, x)
+    assert lowered.program.batch == batch
+    assert error(lowered(x), net(x).detach()) < 1e-13
+    with pytest.raises(InputError, match=f"fixed the batch at {batch}"):
+        lowered(x64(batch + 1, 6))
+
+
 def test_placements_are_kept_by_shape_and_the_oldest_goes(lenet: Lowered) -> None:
     fresh = Lowered(lenet.program)
     for batch in range(1, 12):
