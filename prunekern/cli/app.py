@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -33,7 +35,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def about(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
                                                 help="Print the version and exit.")] = False,
-          traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show the stack trace of errors.")] = False) -> None:
+          trace: Annotated[bool, typer.Option(TRACEBACK, help="Show the stack trace of errors.")] = False) -> None:
     """Shrink trained PyTorch networks, prove every cut, and lower the result to GEMMs."""
 
 
@@ -44,15 +46,15 @@ for group in (running, compressing, looking, measuring):
 def run(arguments: list[str]) -> int:
     """Run one command line; the exit code."""
     wanted = [a for a in arguments if a != TRACEBACK]
-    hear_warnings()
     try:
-        app(wanted, standalone_mode=True)
+        with warnings.catch_warnings():
+            hear_warnings()
+            app(wanted, standalone_mode=True)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except PrunekernError as error:
         complain(error, "--json" in arguments)
         if len(wanted) < len(arguments):
-            import traceback
             traceback.print_exception(error, file=sys.stderr)
         return 1
     return 0

@@ -90,7 +90,8 @@ def _capture(model: nn.Module, call: Call, example_batch: int, widen: bool) -> G
     if wide is not call:
         ways.append((call, None, (fixed.format(call.batch),)))
     failures: list[Exception] = []
-    for inputs, spec, notes in ways:
+    for given, spec, notes in ways:
+        inputs = given.map(lambda t: t.detach())        # export marks the tensor objects that it is given
         try:
             program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=spec)
             return _from_export(model, program, inputs, example_batch, notes)
