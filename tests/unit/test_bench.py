@@ -127,8 +127,7 @@ def test_time_limit() -> None:
     number = getattr(signal, "SIGALRM", signal.SIGINT)
     before, start = signal.getsignal(number), time.monotonic()
     with pytest.raises(OutOfTime), time_limit(0.05):
-        while time.monotonic() < start + 5:
-            pass
+        sum(time.monotonic() > start + 5 for _ in range(10**9))
     assert time.monotonic() < start + 5
     with time_limit(0.05):
         pass
