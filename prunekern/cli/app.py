@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             hear_warnings()
-            app(wanted, standalone_mode=True)
+            app(wanted, prog_name="prunekern")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except PrunekernError as error:

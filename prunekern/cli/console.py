@@ -32,7 +32,7 @@ class Out:
 
     def remark(self, text: str, style: str = "dim") -> None:
         if not self.quiet:
-            self.error.print(Text(text, style=style))
+            self.error.print(Text(text, style=style), soft_wrap=True)       # commands and paths stay in one piece
 
     def result(self, report: Report, data: Any, full: bool = True) -> None:
         """The outcome of a command: a report (``full``: with nothing left out), or with ``--json`` the data."""
@@ -89,7 +89,7 @@ def complain(error: PrunekernError, as_json: bool) -> None:
 def hear_warnings() -> None:
     """Warnings as plain lines on standard error; torch's own talk about itself is left out."""
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        Console(stderr=True, highlight=False).print(Text(f"warning: {message}", style="yellow"))
+        Console(stderr=True, highlight=False).print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
     warnings.showwarning = show
     warnings.filterwarnings("ignore", module=r"torch\b")
     for kind in (DeprecationWarning, FutureWarning):

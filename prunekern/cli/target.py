@@ -47,7 +47,7 @@ def load_target(text: str, inputs: Sequence[str], out: Out, *, seed: int = 0, th
     if ":" not in text:
         found = f"{folder.parent} holds no {MANIFEST}" if folder.is_file() else "there is no such folder"
         raise ModelError(f"TARGET {text!r}: {found}; {HOW}.")
-    made = _call(text)
+    made = _call(text, seed)
     own = None
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
         made, own = made
@@ -60,7 +60,7 @@ def load_target(text: str, inputs: Sequence[str], out: Out, *, seed: int = 0, th
     return Loaded(made, own if example is None else example)
 
 
-def _call(text: str) -> Any:
+def _call(text: str, seed: int) -> Any:
     module, _, name = text.rpartition(":")
     here = os.getcwd()
     if here not in sys.path:
@@ -76,6 +76,7 @@ def _call(text: str) -> Any:
         return factory
     if not callable(factory):
         raise ModelError(f"{text} is a {type(factory).__name__}, not a function; {HOW}.")
+    torch.manual_seed(seed)             # whatever importing has drawn
     return _guarded(f"{text}() failed", factory)
 
 
