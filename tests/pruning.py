@@ -100,12 +100,11 @@ def _others(indices: list[int], size: int) -> Tensor:
 
 def _blocks(module: Any, kept: Any) -> Iterator[tuple[slice, list[int]]]:
     """(rows of axis 0, kept indices of axis 1), by surviving group where a convolution has groups."""
-    size = len(module.weight) // getattr(module, "groups", 1)
     tables = kept[1] if isinstance(kept[1][0], list) else [kept[1]]
-    stay = sorted({row // size for row in kept.get(0, range(len(module.weight)))})
-    assert len(stay) == len(tables)
-    for group, indices in zip(stay, tables, strict=True):
-        yield slice(group * size, (group + 1) * size), indices
+    size = len(module.weight) // len(tables)
+    for group, indices in enumerate(tables):
+        if indices:
+            yield slice(group * size, (group + 1) * size), indices
 
 
 def taken(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -116,7 +115,7 @@ def taken(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         kept, module = dict(plan.kept.get(name, {})), model.get_submodule(path)
         if 1 in kept and isinstance(kept[1][0], list):
             rows = torch.tensor(kept.get(0, range(len(tensor))))
-            size = len(tensor) // module.groups  # type: ignore[operator]
+            size = len(tensor) // len(kept[1])
             blocks = [tensor[rows[rows // size == row.start // size]][:, indices]
                       for row, indices in _blocks(module, kept)]
             tensor, kept = torch.cat(blocks), {}

@@ -6,7 +6,7 @@ batch the original took, keeps parameter names, and keeps the torch.nn layers it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional
 
-from prunekern.core.graph import Graph
+from prunekern.core.graph import Graph, owner
 from prunekern.core.rule import Registry, argument
 from prunekern.graph.labels import Labels
 
@@ -32,6 +32,15 @@ class Structure(_PyTreeCodeGen):
 class PrunedModule(fx.GraphModule):
     """A network rebuilt from its trace, with the sizes that survived. Ordinary in every respect but its class:
     the original's own methods, hooks and branches not taken on the example inputs are gone."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "PrunedModule") -> None:
+        super().__init__(root, graph, class_name)
+        # GraphModule copies what the graph reads, in its order; state dicts are to stay what they were.
+        for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            vars(self)[table] = vars(root)[table]
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        return PrunedModule.__init__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         for spec in (self._in_spec, self._out_spec):      # immutable; copying them warns
@@ -114,7 +123,9 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
         elif "_assert" not in str(node.target):
             env[node] = _emit(node, new, root, env, sizes, leaves, modules, registry)
             env[node].meta[ORIGIN] = node.name
-    _order_like(root, modules)
+    for name, tensor in _named_state(modules):         # what the forward does not read is in state dicts all the same
+        _attach(root, name, tensor, modules, False)
+    _order_like(root, modules, own_name)
     new.set_codegen(Structure(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
     module = PrunedModule(root, new, class_name="PrunedModule")
     module.train(modules.training)
@@ -157,14 +168,14 @@ def _mode_follower(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
 
 def _leaf_calls(graph: Graph, modules: nn.Module) -> dict[fx.Node, str]:
     """Calls that are the whole forward of one torch.nn layer -> the layer's path."""
-    by_call: dict[str, list[fx.Node]] = {}
+    by_call: dict[tuple[str, ...], list[fx.Node]] = {}
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if node.op == "call_function" and stack:
-            by_call.setdefault(list(stack.values())[-1][0], []).append(node)
+            by_call.setdefault(tuple(stack), []).append(node)      # its keys tell one call of a module from the next
     found = {}
-    for call, nodes in by_call.items():
-        path = call.partition("@")[0]
+    for nodes in by_call.values():
+        path = owner(nodes[0])[0]
         if len(nodes) == 1 and path and _has(modules, path) and _is_leaf(graph, nodes[0], modules.get_submodule(path)):
             found[nodes[0]] = path
     return found
@@ -219,16 +230,20 @@ def _attach_module(root: nn.Module, path: str, module: nn.Module) -> None:
         parent.add_module(leaf, module)
 
 
-def _order_like(root: nn.Module, modules: nn.Module) -> None:
-    """Submodules in the order of the original, so that state dicts and printouts list them alike."""
-    for name, child in list(root._modules.items()):
-        if child is not None and not isinstance(child, fx.GraphModule) and _has(modules, name):
-            original = modules._modules[name]
-            if original is not child and original is not None:
-                _order_like(child, original)
-    order = {name: i for i, name in enumerate(modules._modules)}
-    for name in sorted(root._modules, key=lambda n: order.get(n, len(order))):
-        root._modules[name] = root._modules.pop(name)
+def _named_state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _order_like(made: nn.Module, original: nn.Module, renamed: Callable[[str], str] = str) -> None:
+    """Everything in the order of the original, so that state dicts and printouts list it alike."""
+    for table in ("_modules", "_parameters", "_buffers"):
+        own, order = vars(made)[table], [renamed(name) for name in vars(original)[table]]
+        for name in [*(name for name in order if name in own), *(name for name in own if name not in order)]:
+            own[name] = own.pop(name)
+    for name, child in original._modules.items():
+        twin = made._modules.get(renamed(name))
+        if child is not None and twin is not None and twin is not child:
+            _order_like(twin, child)
 
 
 def _has(module: nn.Module, path: str) -> bool:
