@@ -7,6 +7,7 @@ backend and constant propagation. A kind is a promise to every backend, so it ne
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,16 +105,25 @@ def _into(operator: Any) -> Callable[..., Tensor]:
 
 
 _out = torch.ops.aten
+
+
+def _gelu_into(x: Tensor, *, out: Tensor, approximate: str = "none") -> None:
+    if x.is_contiguous() and not out.is_contiguous():     # torch 2.13 (oneDNN) writes as if ``out`` were contiguous
+        out.copy_(functional.gelu(x, approximate=approximate))
+    else:
+        _out.gelu.out(x, approximate=approximate, out=out)
+
+
 # kind -> function(x, *constants, out=y); y may be x. What is missing has no such form.
-INTO: dict[str, Callable[..., Tensor]] = {
+INTO: dict[str, Callable[..., Any]] = {
     **{kind: _into(getattr(torch, kind)) for kind in (
         "sigmoid", "tanh", "clamp", "clamp_min", "clamp_max", "exp", "log", "log1p", "sqrt", "rsqrt", "square", "abs",
         "neg", "sin", "cos", "erf", "sign", "round", "floor", "ceil", "reciprocal", "pow")},
     "relu": lambda x, out: torch.clamp_min(x, 0, out=out),
     "leaky_relu": _into(_out.leaky_relu.out),
     "elu": _into(_out.elu.out),
-    "gelu": _into(_out.gelu.out),
-    "gelu_tanh": lambda x, out: _out.gelu.out(x, approximate="tanh", out=out),
+    "gelu": _gelu_into,
+    "gelu_tanh": partial(_gelu_into, approximate="tanh"),
     "silu": _into(_out.silu.out),
     "mish": _into(_out.mish.out),
     "hardswish": _into(_out.hardswish.out),
