@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -92,7 +93,9 @@ class Groups:
         return text.hexdigest()[:16]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.families)) or "no prunable channels"
+        lines = (textwrap.fill(str(family), 100, subsequent_indent="    ", break_long_words=False,
+                               break_on_hyphens=False) for family in self.families)
+        return "\n".join(lines) or "no prunable channels"
 
 
 def find_groups(labels: Labels) -> Groups:

@@ -94,7 +94,6 @@ def run(model: nn.Module, groups: Groups, target: Target, *, steps: int = 1, bet
             if store:
                 assert plan is not None
                 store.write(current, plan, done, notes, tuned=True)
-        tuned = True
     assert plan is not None
     plan = plan.edited(target={**plan.target, **target.to_json(), "steps": steps})
     check_structure(current, groups, plan)

@@ -17,13 +17,12 @@ import torch
 import prunekern as pk
 from prunekern import data as datasets
 from prunekern import recipes
-from prunekern.cli import main
+from prunekern.cli import main, measuring
 from prunekern.cli.target import parse_inputs
 from prunekern.core.plan import Plan
 from prunekern.errors import InputError
 from prunekern.report import Figure, Report
 
-pytest.importorskip("typer")
 
 MODELS = '''
 import torch
@@ -81,7 +80,7 @@ CONSTANT = 3
 '''
 IMAGE = ("--input", "1x1x28x28")
 
-REAL_LOAD = datasets.load
+REAL_LOAD, REAL_MEASURE = datasets.load, measuring.measure
 
 
 @dataclass(frozen=True)
@@ -479,6 +478,17 @@ def test_lower(command: Command) -> None:
     assert data["verification"]["error"] < 1e-4
     assert data["explanation"]["rows"][0]["seconds"] > 0
     assert data["explanation"]["macs"] == done(command("profile", "models:net", *IMAGE, "--json")).data["total"]["macs"]
+
+
+def test_bench_measures_the_batch_that_it_names(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def measure(contenders: dict[str, Callable[[], Any]], **_: Any) -> Any:
+        sizes.extend(len(call()) for call in contenders.values())
+        return REAL_MEASURE(contenders, seconds=0.0, warmup=0.0, min_rounds=1)
+    monkeypatch.setattr(measuring, "measure", measure)
+    done(command("bench", "models:net", *IMAGE, "--batch", "2", "--batch", "5"))
+    assert sizes == [2, 2, 5, 5]
 
 
 def test_bench(command: Command) -> None:
