@@ -47,12 +47,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """Channels that leave together, one from each member. macs: share of the layers that issue them."""
+    """Channels that leave together, one from each member. modules: the members in short. macs: share of the
+    layers that issue them."""
 
     name: str
     channels: int
     layers: tuple[str, ...]
     members: tuple[str, ...]
+    modules: tuple[str, ...]
     macs: float
 
 
@@ -133,15 +135,15 @@ class Diagnosis:
 
     def report(self) -> Report:
         """The same as a report, which can be shown and saved (HTML, JSON)."""
-        layers = tuple((r.name, r.op, r.channels or None, r.free if r.channels else None, f"{r.macs:.1%}",
-                        f"{r.params:.1%}", r.why) for r in self.layers)
-        families = tuple((f.name, f.channels, f"{f.macs:.1%}", _listed(f.members)) for f in self.families)
+        layers = tuple((r.name, r.op, r.channels or None, r.free if r.channels else None, f"{r.macs:6.1%}",
+                        f"{r.params:6.1%}", r.why) for r in self.layers)
+        families = tuple((f.name, f.channels, f"{f.macs:6.1%}", _listed(f.modules, 8)) for f in self.families)
         blockers = tuple((b.module, b.op.removeprefix("aten."), _short(b.source), b.reason, _listed(b.layers))
                          for b in self.blockers)
         tables = [Table("Layers", ("layer", "operator", "channels", "can go", "MACs", "params", "what stays, and why"),
                         layers),
-                  Table("Families: channels that leave together, one from each member",
-                        ("family", "channels", "MACs", "members"), families),
+                  Table("Families: a channel leaves every module at once",
+                        ("family", "channels", "MACs", "modules"), families),
                   Table("Blockers", ("where", "operator", "source", "reason", "layers held back"), blockers),
                   Table("Rows and heads", ("what",), tuple((str(row),) for row in self.rows))]
         return Report(title=f"{self.model}: what can be pruned", subtitle=self._verdict(),
@@ -203,7 +205,7 @@ def diagnose(model: nn.Module, example_inputs: Any = None, *, trial: bool = True
 
 
 def _family(family: Any, scene: _Scene) -> FamilyRow:
-    return FamilyRow(family.name, family.channels, family.layers, tuple(map(str, family.members)),
+    return FamilyRow(family.name, family.channels, family.layers, tuple(map(str, family.members)), family.modules,
                      sum(layer.macs for layer in scene.layers if family.name in layer.families))
 
 
@@ -312,7 +314,7 @@ class _Scene:
         if not found:
             found = [f"its size is given at {_at(f.node)}" for f in hits]
         found = list(dict.fromkeys(found))
-        return "; ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
+        return found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else "")
 
     def blockers(self) -> Iterator[Blocker]:
         grouped: dict[tuple[str, str, str, str], list[np.ndarray]] = {}
@@ -352,7 +354,7 @@ class _Scene:
 
 def _at(node: fx.Node) -> str:
     """The line of the user's code behind a node, short; where the trace does not know it, the module."""
-    return _short(source(node)) or repr(owner(node)[0] or node.name)
+    return source(node).rpartition("/")[2] or repr(owner(node)[0] or node.name)
 
 
 def _short(line: str) -> str:

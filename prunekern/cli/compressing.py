@@ -178,15 +178,14 @@ def _plan_report(model: str, groups: Groups, plan: Plan) -> Report:
     rows = []
     for family in groups:
         kept = int(keep[family.groups].sum())
-        members = ", ".join(map(str, family.members[:4]))
-        more = f" and {len(family.members) - 4} more" if len(family.members) > 4 else ""
-        rows.append((family.name, family.channels, kept, members + more))
+        more = f" and {len(family.modules) - 8} more" if len(family.modules) > 8 else ""
+        rows.append((family.name, family.channels, kept, ", ".join(family.modules[:8]) + more))
     figures = [Figure(f"{UNITS[name]} left", after / before, "fraction", f"{before:,} to {after:,}")
                for name, (before, after) in plan.costs.items() if before]
     return Report(title=f"{model}: plan", subtitle=f"for graph {plan.graph}; nothing has been cut",
                   headline=tuple(figures), notes=plan.notes,
-                  tables=(Table("Families: channels that leave together, one from each member",
-                                ("family", "channels", "kept", "members"), tuple(rows)),))
+                  tables=(Table("Families: a channel leaves every module at once",
+                                ("family", "channels", "kept", "modules"), tuple(rows)),))
 
 
 def facts(result: Result) -> dict[str, Any]:

@@ -49,6 +49,11 @@ class Family:
     def channels(self) -> int:
         return len(self.groups)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The members in short, by module: 'conv1', 'bn1', 'conv2 (in)'."""
+        return tuple(dict.fromkeys((m.module or m.name) + (" (in)" if m.role == "in" else "") for m in self.members))
+
     def matches(self, pattern: str) -> bool:
         """Whether a glob names the family itself or one of the layers that issue its channels."""
         return any(fnmatchcase(name, pattern) for name in (self.name, *self.layers))

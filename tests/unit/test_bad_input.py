@@ -155,7 +155,10 @@ def test_quantised_module() -> None:
     refused(ModelError, "quantised", "float model", model=model, call=lambda: pk.compress(model, torch.randn(2, 4)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_and_wrapped_models() -> None:
+    scripted = torch.jit.trace(net(), X)
+    refused(ModelError, "scripted", "original nn.Module", model=None, call=lambda: pk.compress(scripted, X))
     refused(ModelError, "DataParallel", "model.module", model=None,
             call=lambda: pk.compress(nn.DataParallel(net()).eval(), X))
 
@@ -208,8 +211,8 @@ def test_empty_loader() -> None:
 @pytest.mark.parametrize("kind", [Item, Branch])
 def test_data_dependent_control_flow(kind: type[Net]) -> None:
     model = kind().eval()
-    refused(TraceError, kind.__name__, "test_bad_input.py", "depends on the data", "compress the submodules", model=model,
-            call=lambda: pk.compress(model, X))
+    refused(TraceError, kind.__name__, "test_bad_input.py", "depends on the data", "compress the submodules",
+            model=model, call=lambda: pk.compress(model, X))
 
 
 # ---- targets -------------------------------------------------------------------------------------------------

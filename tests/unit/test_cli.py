@@ -23,7 +23,6 @@ from prunekern.core.plan import Plan
 from prunekern.errors import InputError
 from prunekern.report import Figure, Report
 
-
 MODELS = '''
 import torch
 from torch import nn
@@ -389,7 +388,8 @@ def test_damaged_artefact(command: Command) -> None:
 
 def test_families_are_listed(command: Command) -> None:
     run = done(command("plan", "models:net", *IMAGE))
-    assert "conv1.weight[0], conv1.bias[0], conv2.weight[1]" in run.out
+    assert "conv1, conv2 (in)" in run.out
+    assert "conv2, bn, fc (in)" in run.out
     assert "nothing has been cut" in run.out
     assert "100.00 %" in run.out.replace("\N{NO-BREAK SPACE}", " ")
 

@@ -88,9 +88,9 @@ def test_what_can_go_and_what_stays() -> None:
     assert [(r.name, r.op, r.channels, r.free, r.families, r.why) for r in found.layers] == [
         ("conv1", "conv2d", 6, 6, ("conv1",), ""), ("conv2", "conv2d", 8, 8, ("conv2",), ""),
         ("fc", "linear", 5, 0, (), "output of the network")]
-    assert [(f.name, f.channels, f.members) for f in found.families] == [
-        ("conv1", 6, ("conv1.weight[0]", "conv1.bias[0]", "conv2.weight[1]")),
-        ("conv2", 8, ("conv2.weight[0]", "conv2.bias[0]", "fc.weight[1]"))]
+    assert [(f.name, f.channels, f.members, f.modules) for f in found.families] == [
+        ("conv1", 6, ("conv1.weight[0]", "conv1.bias[0]", "conv2.weight[1]"), ("conv1", "conv2 (in)")),
+        ("conv2", 8, ("conv2.weight[0]", "conv2.bias[0]", "fc.weight[1]"), ("conv2", "fc (in)"))]
     assert found.blockers == ()
     assert found.notes == ()
 
