@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunekern.data import batches as batches_of
+from prunekern.errors import InputError, TargetError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.groups import Family, Groups
 from prunekern.graph.inputs import Call
@@ -51,20 +53,30 @@ class Sensitivity:
         return "\n".join(rows)
 
 
-def sensitivity(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = None,
+def sensitivity(model: nn.Module, data: Any, *, example_inputs: Any = None,
                 ratios: Sequence[float] = (0.1, 0.25, 0.5, 0.75), criterion: str | Criterion = "l2",
                 families: Sequence[str] = ("*",), groups: Groups | None = None, calibrate: Any = None,
                 seed: int = 0, tell: Callable[[str], None] = lambda _: None) -> Sensitivity:
     """Remove the least important share of each family in turn, and measure top-1 accuracy on ``data``.
 
-    data: re-iterable batches of (inputs, labels [N]). ratios: shares of a family's channels removed.
-    The network itself is run with channels masked, which the proof of slicing makes the same thing, so
-    nothing is copied or cut. Source: Li et al., Pruning Filters for Efficient ConvNets (2017).
+    data: (inputs, labels [N]) tensors, or batches of them. ratios: shares of a family's channels removed.
+    families: globs of families or layers. tell: called with each family's name.
+    Raises InputError (no data, or of another form), TargetError (a ratio outside (0, 1); a glob that matches
+    nothing), and what ``trace`` raises.
+
+    The network itself is run with channels masked, which the proof of slicing makes the same thing, so nothing
+    is copied or cut. Source: Li et al., Pruning Filters for Efficient ConvNets (2017).
     """
-    batches = list(data)
+    batches = _batches(data)
+    for ratio in ratios:
+        if not 0 < ratio < 1:
+            raise TargetError(f"ratios={ratio!r} is not a share in (0, 1) of a family's channels.")
     groups = groups or groups_of(model, batches[0][0] if example_inputs is None else example_inputs)
     scores = score(groups, criterion, batches=batches if calibrate is None else calibrate, seed=seed)
     units = make_units(groups, scores.values)
+    for pattern in families:
+        if not groups.find(pattern):
+            raise TargetError(f"families={pattern!r} matches nothing; there are: {', '.join(f.name for f in groups)}.")
     wanted = [f for f in groups if any(f.matches(p) for p in families)]
     dense = _accuracy(groups, groups.everything(), batches)
     points = []
@@ -75,6 +87,17 @@ def sensitivity(model: nn.Module, data: Iterable[Any], *, example_inputs: Any = 
             removed = int((~keep[family.groups]).sum())
             points.append(Point(family.name, ratio, removed, family.channels, _accuracy(groups, keep, batches)))
     return Sensitivity(dense, tuple(points))
+
+
+def _batches(data: Any) -> list[Any]:
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        data = batches_of(*data, batch_size=256)
+    found = list(data)
+    for batch in found[:1] or [None]:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+            raise InputError("sensitivity needs data with labels: pass (inputs, labels) tensors, or batches of them"
+                             + ("." if found else "; there is no batch."))
+    return found
 
 
 def _without(groups: Groups, family: Family, units: Any, ratio: float) -> Tensor:

@@ -471,6 +471,34 @@ def test_gradients_are_kept() -> None:
     assert model.first.weight.grad is not None
 
 
+# ---- sensitivity ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [tuple, lambda pair: [pair],
+                                  lambda pair: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pair), 16)],
+                         ids=["tensors", "list", "loader"])
+def test_sensitivity_is_what_cutting_that_family_costs(untouched: Blob, form: Callable[[Any], Any]) -> None:
+    told: list[str] = []
+    found = pk.sensitivity(untouched, form(VALIDATE), ratios=(0.25, 0.75), tell=told.append)
+    assert told == ["first", "second"]
+    assert found.dense == training.accuracy(untouched, VALIDATE)
+    assert [(p.family, p.removed) for p in found.points] == [("first", 6), ("first", 18), ("second", 6), ("second", 18)]
+    for point in found.points:
+        cut = pk.prune(untouched, X, pk.Target(layers={point.family: 1 - point.ratio}))
+        assert training.accuracy(cut.model, VALIDATE) == pytest.approx(point.accuracy)
+    assert "first" in str(found)
+
+
+@pytest.mark.parametrize(("options", "error", "word"), [
+    ({"families": ["thrid"]}, "TargetError", "'thrid'"), ({"ratios": (1.0,)}, "TargetError", "ratios=1.0"),
+    ({"data": []}, "InputError", "no batch"), ({"data": [VALIDATE[0]]}, "InputError", "with labels"),
+    ({"criterion": "best"}, "UnknownName", "taylor")], ids=str)
+def test_sensitivity_refuses(untouched: Blob, options: dict[str, Any], error: str, word: str) -> None:
+    with pytest.raises(pk.errors.PrunekernError, match=word) as caught:
+        pk.sensitivity(untouched, **{"data": VALIDATE, **options})
+    assert type(caught.value).__name__ == error
+
+
 # ---- what is told --------------------------------------------------------------------------------------------
 
 
