@@ -111,7 +111,7 @@ def taken(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """The state that a plan leaves of a model's, index by index."""
     state = {}
     for name, tensor in model.state_dict().items():
-        path, _, leaf = name.rpartition(".")
+        path = name.rpartition(".")[0]
         kept, module = dict(plan.kept.get(name, {})), model.get_submodule(path)
         if 1 in kept and isinstance(kept[1][0], list):
             rows = torch.tensor(kept.get(0, range(len(tensor))))

@@ -129,7 +129,7 @@ def silence_outputs(fronts: nn.ModuleList, plan: Any) -> None:
 def test_sliced_equals_zeros_at_the_consumer(index: int) -> None:
     """The oracle by hook: nothing of the plan is read but which channels the front layer keeps."""
     sample = SAMPLES[index][1]
-    model, groups = prepared(index)
+    model, _ = prepared(index)
     result = carried_out(index, 1)
     kept = result.plan.kept.get("fronts.0.weight", {}).get(0)
     if kept is None:
