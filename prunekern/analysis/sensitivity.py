@@ -91,7 +91,7 @@ def sensitivity(model: nn.Module, data: Any, *, example_inputs: Any = None,
 
 def _batches(data: Any) -> list[Any]:
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        data = batches_of(*data, batch_size=256)
+        data = batches_of(data[0], data[1], batch_size=256)
     found = list(data)
     for batch in found[:1] or [None]:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
