@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekern.core.graph import Graph, target_name
 from prunekern.core.labels import FIXED
@@ -107,8 +107,9 @@ def find_groups(labels: Labels) -> Groups:
     """Sort the groups of a graph into families by what they own. Vectorised over channels."""
     signature = _signatures(labels)
     owned = np.zeros(labels.groups, dtype=bool)
-    for groups in labels.axes.values():
-        owned[groups.reshape(-1).numpy()] = True
+    for (name, _), groups in labels.axes.items():
+        if isinstance(labels.graph.tensors[name], nn.Parameter):     # a table of constants alone is no channel
+            owned[groups.reshape(-1).numpy()] = True
     owned[FIXED] = False
     ids = np.flatnonzero(owned)
     _, first, inverse = np.unique(signature[ids], return_index=True, return_inverse=True)

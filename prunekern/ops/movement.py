@@ -382,7 +382,7 @@ class PixelShuffle(Move):
     def run(self, node: fx.Node, tape: Tape, plane: Plane) -> Any:
         moved = super().run(node, tape, plane)
         channels, rest = tape.along(node, (moved,), moved.dim() - 3)
-        tape.freeze_planes(node, rest, "its positions are rearranged")
+        tape.freeze_planes(node, rest)        # all make one channel of the image, or are positions
         return moved if channels is None else spread(channels, moved.dim() - 3, tape.shape(node))
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
