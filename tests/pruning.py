@@ -59,6 +59,16 @@ def random_choice(groups: Groups, seed: int, most: float = 1.0) -> Tensor:
     return ~units.removed(gone)
 
 
+def first_units(groups: Groups, seed: int = 0) -> Tensor:
+    """One unit of every family leaves."""
+    scores = torch.rand(groups.labels.groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    units = make_units(groups, scores)
+    gone = torch.zeros(len(units), dtype=torch.bool)
+    for number in range(len(groups)):
+        gone[((units.family == number) & ~units.last).nonzero()[:1, 0]] = True
+    return ~units.removed(gone)
+
+
 def cut(model: nn.Module, groups: Groups, keep: Tensor) -> Cut:
     """Slice, rewrite and prove; raises what these raise."""
     sliced = slice_module(model, groups, keep, REGISTRY)

@@ -99,6 +99,7 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
     only, which is the form that can be written down as data (``prunekern.prune.portable``)."""
     graph = labels.graph
     state = {**graph.tensors, **dict(modules.named_buffers()), **dict(modules.named_parameters())}
+    flags = [(path, child.training) for path, child in modules.named_modules()]
     root = nn.Module()
     root.training = modules.training
     leaves = _leaf_calls(graph, modules) if layers else {}
@@ -128,10 +129,12 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
     _order_like(root, modules, own_name)
     new.set_codegen(Structure(_PyTreeInfo(_input_names(graph), graph.in_spec, graph.out_spec)))
     module = PrunedModule(root, new, class_name="PrunedModule")
-    module.train(modules.training)
-    for path, child in modules.named_modules():      # every part keeps its own train/eval flag
+    for part in module.modules():
+        part.training = modules.training
+    for path, flag in flags:                         # every part keeps its own, in both forms
+        modules.get_submodule(path).training = flag
         if path and _has(module, own_name(path)):
-            module.get_submodule(own_name(path)).training = child.training
+            module.get_submodule(own_name(path)).training = flag
     return module
 
 
