@@ -53,8 +53,8 @@ def random_choice(groups: Groups, seed: int, most: float = 1.0) -> Tensor:
     scores = torch.rand(groups.labels.groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     units = make_units(groups, scores)
     gone = torch.zeros(len(units), dtype=torch.bool)
-    for number in range(len(groups)):
-        mine = ((units.family == number) & ~units.last).nonzero()[:, 0]
+    for family in groups:
+        mine, _ = units.within(family)
         gone[mine[: rng.randint(0, int(most * len(mine)))]] = True
     return ~units.removed(gone)
 
@@ -64,8 +64,8 @@ def first_units(groups: Groups, seed: int = 0) -> Tensor:
     scores = torch.rand(groups.labels.groups, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     units = make_units(groups, scores)
     gone = torch.zeros(len(units), dtype=torch.bool)
-    for number in range(len(groups)):
-        gone[((units.family == number) & ~units.last).nonzero()[:1, 0]] = True
+    for family in groups:
+        gone[units.within(family)[0][:1]] = True
     return ~units.removed(gone)
 
 

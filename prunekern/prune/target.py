@@ -208,13 +208,11 @@ def _by_layer(groups: Groups, units: Units, layers: Mapping[str, float]) -> Tens
             raise TargetError(f"layers[{pattern!r}] matches no prunable layer; there are: "
                               + ", ".join(f.name for f in groups) + ".")
         for family in families:
-            number = groups.families.index(family)
-            mine = (units.family == number).nonzero()[:, 0]
-            sizes = torch.stack([(units.of == u).sum() for u in mine.tolist()]) if len(mine) else torch.zeros(0)
-            gone = family.channels - share * family.channels
-            within = sizes.cumsum(0)
-            count = int((within < gone - 1e-9).sum()) + 1 if gone > 1e-9 else 0
-            removed[mine[:min(count, int((~units.last[mine]).sum()))]] = True
+            mine, held = units.within(family)
+            left = ~removed[mine]                # units can hold channels of several families
+            gone = (1 - share) * family.channels - int(held[~left].sum())
+            count = int((held[left].cumsum(0) < gone - 1e-9).sum()) + 1 if gone > 1e-9 else 0
+            removed[mine[left][:count]] = True
     return removed
 
 
@@ -223,11 +221,11 @@ def _one(groups: Groups, units: Units, pattern: str) -> Tensor:
     if len(families) != 1:
         raise TargetError(f"one={pattern!r} must name one layer, it names {len(families)}: "
                           + ", ".join(f.name for f in (families or groups.families)) + ".")
-    mine = ((units.family == groups.families.index(families[0])) & ~units.last).nonzero()[:, 0]
+    mine, _ = units.within(families[0])
     if not len(mine):
         raise TargetError(f"{families[0].name!r} has no channel to give: its last one stays.")
     chosen = torch.zeros(len(units), dtype=torch.bool)
-    chosen[mine[units.score[mine].argmin()]] = True
+    chosen[mine[0]] = True
     return ~units.removed(chosen)
 
 

@@ -11,14 +11,15 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from prunekern.core.labels import FIXED
-from prunekern.graph.groups import Groups
+from prunekern.graph.groups import Family, Groups
 
 
 @dataclass(frozen=True)
 class Units:
     """A unit leaves as a whole. of: unit of each group, -1 for groups that stay [groups]; score: importance of
     a unit, the mean over its groups [units]; family: which family a unit counts for [units]; rank: share of
-    its family that leaves with it or before it, in (0, 1] [units]; last: the unit each family keeps."""
+    its family that leaves with it or before it, in (0, 1] [units]; last: never leaves, so that every family keeps
+    a channel [units]."""
 
     of: Tensor
     score: Tensor
@@ -32,6 +33,14 @@ class Units:
         if not len(self):
             return torch.zeros(len(self.of), dtype=torch.bool)
         return torch.where(self.of >= 0, chosen[self.of.clamp(min=0)], False)
+
+    def within(self, family: Family) -> tuple[Tensor, Tensor]:
+        """The units that hold channels of a family and may leave, least important first, and how many each holds."""
+        units, held = self.of[family.groups].unique(return_counts=True)
+        free = (units >= 0) & ~self.last[units]
+        units, held = units[free], held[free]
+        order = self.score[units].argsort(stable=True)
+        return units[order], held[order]
 
     def __len__(self) -> int:
         return len(self.score)
@@ -71,8 +80,13 @@ def make_units(groups: Groups, scores: Tensor, *, ignore: Tensor | None = None, 
         last.append(torch.arange(n) == (n - 1 if whole else -1))
         count += n
     empty = torch.zeros(0)
-    return Units(of, torch.cat(score or [empty]).double(), torch.cat(family_of or [empty]).long(),
-                 torch.cat(rank or [empty]).double(), torch.cat(last or [empty]).bool(), tuple(notes))
+    units = Units(of, torch.cat(score or [empty]).double(), torch.cat(family_of or [empty]).long(),
+                  torch.cat(rank or [empty]).double(), torch.cat(last or [empty]).bool(), tuple(notes))
+    for family in groups:
+        mine = of[family.groups]
+        if bool((mine >= 0).all()) and not bool(units.last[mine].any()):   # all its units count for other families
+            units.last[mine[units.score[mine].argmax()]] = True
+    return units
 
 
 def _atoms(ids: Tensor, scores: Tensor, bundles: dict[int, Tensor]) -> list[Tensor]:
