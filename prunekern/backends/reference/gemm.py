@@ -20,6 +20,7 @@ from prunekern.kernels import im2col_nhwc, unavailable
 
 PATCH_BYTES = 2 << 20              # of the im2col matrix that is made at once: what stays in cache
 DEVICE_PATCH_BYTES = 256 << 20     # on a GPU: few launches, bounded memory
+LANES, WIDE = 16, 128              # widths that torch's GEMM likes; above, its remainder hardly matters
 FEW_CHANNELS = 8                   # below, runs of pixels are longer than runs of channels
 
 
@@ -115,22 +116,44 @@ def _rows(y: Tensor) -> Tensor:
     return y.permute(0, *range(2, y.dim()), 1).reshape(-1, y.shape[1])
 
 
-def _multiply(bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Any]:
-    if bias is None:
-        return lambda a, b, out: torch.mm(a, b, out=out)
-    return lambda a, b, out: torch.addmm(bias, a, b, out=out)
+Multiply = Callable[[Tensor, Tensor], Any]      # (a [m, K], out [m, N]): out = a @ weight.t() + bias
+
+
+def _gemm(layout: Layout, weight: Tensor, bias: Tensor | None, rows: int, used: int = 0) -> Multiply:
+    """The product with one weight ``[N, K]``, for at most ``rows`` rows; ``used`` bytes of scratch hold ``a``.
+
+    The weight stays as stored, ``[N, K]``: packed the other way, few outputs lose a digit. On CPUs, torch's GEMM
+    takes up to three times as long where N is not a multiple of the vector's 16 lanes, as it seldom is in a
+    pruned network. The transposed product has the long axis there instead.
+    """
+    outputs = weight.shape[0]
+    if layout.device.type != "cpu" or outputs % LANES == 0 or outputs > WIDE or rows < LANES:
+        turned = weight.t()
+        if bias is None:
+            return lambda a, out: torch.mm(a, turned, out=out)
+        return lambda a, out: torch.addmm(bias, a, turned, out=out)
+    across = layout.scratch((outputs * rows,), weight.dtype, -(-used // 64) * 64)
+
+    def transposed(a: Tensor, out: Tensor) -> None:
+        narrow = across()[:outputs * len(a)].view(outputs, len(a))
+        torch.mm(weight, a.t(), out=narrow)
+        if bias is None:
+            out.copy_(narrow.t())
+        else:
+            torch.add(narrow.t(), bias, out=out)
+    return transposed
 
 
 def _pointwise(layout: Layout, step: Step) -> Kernel:
     """1x1: the input's own rows are the matrix."""
     layout.algorithms[step.name] = "1x1 direct"
     at, x_slot = step.attributes, step.inputs[0]
-    weight = layout.weight(step.weights["weight"]).flatten(1).t().contiguous()
+    weight = layout.weight(step.weights["weight"]).flatten(1)
     y = layout.out(step.output, channels_last=True)
-    rank, read, multiply, finish = y.dim() - 2, layout.get(x_slot), _multiply(layout.bias(step)), \
-        layout.finish(step, skip_bias=True)
+    rank, read, finish = y.dim() - 2, layout.get(x_slot), layout.finish(step, skip_bias=True)
     picks = (slice(None), *(slice(None, None, s) for s in at["stride"]))
-    rows, channels = _rows(y), weight.shape[0]
+    rows, channels = _rows(y), weight.shape[1]
+    multiply = _gemm(layout, weight, layout.bias(step), len(rows))
     fixed = layout.fixed(x_slot)
 
     def matrix(x: Tensor) -> Tensor:
@@ -138,8 +161,8 @@ def _pointwise(layout: Layout, step: Step) -> Kernel:
     if fixed is not None:
         ready = matrix(fixed)
         if ready.untyped_storage().data_ptr() == fixed.untyped_storage().data_ptr():
-            return _with_finish(lambda: multiply(ready, weight, rows), finish, y)
-    return _with_finish(lambda: multiply(matrix(read()), weight, rows), finish, y)
+            return _with_finish(lambda: multiply(ready, rows), finish, y)
+    return _with_finish(lambda: multiply(matrix(read()), rows), finish, y)
 
 
 def _with_finish(kernel: Callable[[], Any], finish: Finish | None, y: Tensor) -> Kernel:
@@ -178,27 +201,30 @@ def _over_parts(window: _Window, product: Product, finish: Finish | None) -> Ker
     return run
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """``[prod(kernel) * I, O]``: the other operand of the GEMM, rows over (*kernel, i)."""
-    return weight.permute(*range(2, weight.dim()), 1, 0).reshape(-1, weight.shape[0]).contiguous()
+def _matrix(weight: Tensor) -> Tensor:
+    """``[O, prod(kernel) * I]``: the other operand of the GEMM, columns over (*kernel, i)."""
+    return weight.permute(0, *range(2, weight.dim()), 1).reshape(weight.shape[0], -1).contiguous()
 
 
 def _by_rows(layout: Layout, step: Step, window: _Window, weight: Tensor) -> Product:
     """A window's taps side by side: a row is a run of contiguous channels after another."""
     layout.algorithms[step.name] = "im2col"
-    packed, multiply = _packed(weight), _multiply(layout.bias(step))
-    positions, depth = math.prod(window.out), packed.shape[0]
+    matrix_of, positions = _matrix(weight), math.prod(window.out)
+    rows, depth = window.count * positions, matrix_of.shape[1]
+    used = rows * depth * step.output.dtype.itemsize
     if window.rank == 2 and _extension_pays(layout, step, window.count * positions * depth):
         layout.algorithms[step.name] = "im2col (C++)"
-        return lambda part: multiply(im2col_nhwc(window.load(part), window.kernel, window.stride, window.dilation),
-                                     packed, _rows(part.y))
-    patches = layout.scratch((window.count * positions, depth), step.output.dtype)
+        direct = _gemm(layout, matrix_of, layout.bias(step), rows)
+        return lambda part: direct(im2col_nhwc(window.load(part), window.kernel, window.stride, window.dilation),
+                                   _rows(part.y))
+    patches = layout.scratch((rows, depth), step.output.dtype)
+    multiply = _gemm(layout, matrix_of, layout.bias(step), rows, used)
 
     def product(part: _Part) -> None:
         view = window.windows(part)
         matrix = patches()[:view.shape[0] * positions]
         matrix.view(view.shape).copy_(view)
-        multiply(matrix, packed, _rows(part.y))
+        multiply(matrix, _rows(part.y))
     return product
 
 
@@ -210,16 +236,17 @@ def _extension_pays(layout: Layout, step: Step, elements: int) -> bool:
 def _by_taps(layout: Layout, step: Step, window: _Window, weight: Tensor) -> Product:
     """The transposed matrix, one tap of one channel a row: for few channels its runs are rows of pixels."""
     layout.algorithms[step.name] = "im2col by taps"
-    packed, multiply = _packed(weight), _multiply(layout.bias(step))
-    positions, depth, rank = math.prod(window.out), packed.shape[0], window.rank
-    patches = layout.scratch((depth * window.count * positions,), step.output.dtype)
+    matrix_of, rows, rank = _matrix(weight), window.count * math.prod(window.out), window.rank
+    depth, dtype = matrix_of.shape[1], step.output.dtype
+    patches = layout.scratch((depth * rows,), dtype)
+    multiply = _gemm(layout, matrix_of, layout.bias(step), rows, depth * rows * dtype.itemsize)
     order = (*range(rank + 1, 2 * rank + 2), *range(rank + 1))         # [*kernel, C, n, *out]
 
     def product(part: _Part) -> None:
         view = window.windows(part).permute(order)
         matrix = patches()[:view.numel()].view(depth, -1)
         matrix.view(view.shape).copy_(view)
-        multiply(matrix.t(), packed, _rows(part.y))
+        multiply(matrix.t(), _rows(part.y))
     return product
 
 
@@ -228,7 +255,7 @@ def _grouped(layout: Layout, step: Step, window: _Window, weight: Tensor) -> Pro
     layout.algorithms[step.name] = "grouped im2col"
     groups, dtype, bias = step.attributes["groups"], step.output.dtype, layout.bias(step)
     each, per = weight.shape[0] // groups, weight.shape[1]
-    packed = torch.stack([_packed(w) for w in weight.chunk(groups)])
+    packed = torch.stack([_matrix(w).t() for w in weight.chunk(groups)])
     positions, depth = math.prod(window.out), packed.shape[1]
     left = groups * window.count * positions * depth
     patches = layout.scratch((left,), dtype)
@@ -334,23 +361,22 @@ def conv_transpose(layout: Layout, step: Step) -> Kernel:
 
 
 def linear(layout: Layout, step: Step) -> Kernel:
-    """Rows times the packed weight."""
+    """Rows times the weight."""
     layout.algorithms[step.name] = "GEMM"
     x_slot, weight = step.inputs[0], layout.weight(step.weights["weight"])
     if x_slot.name in layout.flat:       # columns in the order that the memory has
         channels, *sizes = layout.shape(layout.producers[x_slot.name].inputs[0])[1:]
         weight = weight.view(-1, channels, math.prod(sizes)).transpose(1, 2).reshape(weight.shape)
-    packed = weight.contiguous().t()     # as stored: few outputs run twice as fast, and ten times as exactly
     y = layout.out(step.output, channels_last=False)
     rows = y.view(-1, y.shape[-1])
-    read, multiply = layout.get(x_slot), _multiply(layout.bias(step))
-    depth, finish = packed.shape[0], layout.finish(step, skip_bias=True, axis=-1)
+    read, multiply = layout.get(x_slot), _gemm(layout, weight.contiguous(), layout.bias(step), len(rows))
+    depth, finish = weight.shape[1], layout.finish(step, skip_bias=True, axis=-1)
     fixed = layout.fixed(x_slot)
     if fixed is not None:
         ready = fixed.reshape(-1, depth)
         if ready.untyped_storage().data_ptr() == fixed.untyped_storage().data_ptr():
-            return _with_finish(lambda: multiply(ready, packed, rows), finish, y)
-    return _with_finish(lambda: multiply(read().reshape(-1, depth), packed, rows), finish, y)
+            return _with_finish(lambda: multiply(ready, rows), finish, y)
+    return _with_finish(lambda: multiply(read().reshape(-1, depth), rows), finish, y)
 
 
 def matmul(layout: Layout, step: Step) -> Kernel:
