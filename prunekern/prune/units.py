@@ -75,7 +75,7 @@ def make_units(groups: Groups, scores: Tensor, *, ignore: Tensor | None = None, 
         of[order] = unit + count
         score.append(torch.zeros(n, dtype=torch.float64).index_add_(0, unit, scores[order].double()) / sizes)
         family_of.append(torch.full((n,), number))
-        rank.append((torch.arange(n) + 1.0) / max(n, 1))
+        rank.append(torch.arange(1, n + 1, dtype=torch.float64) / max(n, 1))
         whole = bool((of[family.groups] >= 0).all())   # nothing else of the family is sure to stay
         last.append(torch.arange(n) == (n - 1 if whole else -1))
         count += n
