@@ -67,23 +67,26 @@ def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: 
     call = _proof_call(groups, dtype, seed)
     real = {n: _cast(t.detach(), dtype) for n, t in groups.graph.tensors.items()}
     twin, reference, teeth, blunt = _sharpest_twin(groups, keep, real, call, seed)
-    states = [(twin, reference), (real, masked_outputs(groups.labels, keep, real, call))]
-    shapes, graph_error = _check_shapes(groups, keep, graph_form, *states[0], call)
+    sliced_twin = sliced_tensors(groups, keep, twin)
+    real_reference = masked_outputs(groups.labels, keep, real, call)
+    shapes, graph_error = _check_shapes(groups, keep, graph_form, sliced_twin, dtype, reference, call)
     notes: list[str] = []
     for form, module in (("class", class_form), ("graph", graph_form)):
         if module is None:
             continue
         try:
-            errors = [graph_error] if form == "graph" else []
-            errors += [_module_error(groups, keep, module, *state, call) for state in states[len(errors):]]
+            twin_error = graph_error if form == "graph" else _module_error(
+                groups, module, sliced_twin, dtype, reference, call)
+            real_error = _module_error(groups, module, {}, dtype, real_reference, call)     # on its very own weights
         except Exception as error:
             first = (str(error) or "-").splitlines()[0]
             notes.append(f"the {_FORMS[form]} cannot run: {type(error).__name__}: {first}")
             continue
-        if max(errors) <= limit:
-            return module, Proof(form, errors[0], errors[1], limit, teeth, blunt, shapes,
+        worst = max(twin_error, real_error)
+        if worst <= limit:
+            return module, Proof(form, twin_error, real_error, limit, teeth, blunt, shapes,
                                  str(dtype).removeprefix("torch."), tuple(notes))
-        notes.append(f"the {_FORMS[form]} differs from the masked original by {max(errors):.1e} (limit {limit:.0e})")
+        notes.append(f"the {_FORMS[form]} differs from the masked original by {worst:.1e} (limit {limit:.0e})")
     raise ProofError("the sliced network is not equal to the masked original, so nothing is returned: "
                      + "; ".join(notes) + ". Please report the model; ignore=[...] on the layers involved avoids it.")
 
@@ -203,9 +206,9 @@ def _visible(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], call: Cal
     return difference(masked_outputs(groups.labels, fewer, twin, call), reference) > TEETH
 
 
-def _module_error(groups: Groups, keep: Tensor, module: nn.Module, tensors: Mapping[str, Tensor],
+def _module_error(groups: Groups, module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype,
                   reference: list[Any], call: Call) -> float:
-    with _lent(module, groups, sliced_tensors(groups, keep, tensors)), torch.no_grad():
+    with _lent(module, groups, tensors, dtype), torch.no_grad():
         outputs = pytree.tree_leaves(module(*_copied(call.args), **_copied(dict(call.kwargs))))
     return difference(outputs, reference)
 
@@ -228,8 +231,9 @@ def difference(outputs: list[Any], reference: list[Any]) -> float:
 
 
 @contextlib.contextmanager
-def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run a module on other values (and another dtype) of its state, then give it its own back."""
+def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Run a module on the given values of its state, on its own for the others, all in one dtype; then give it
+    its own back."""
     slots = [(t, t.data) for t in [*module.parameters(), *module.buffers()]]
     by_name = {**tensors, **{alias: tensors[name] for alias, name in groups.graph.tied.items() if name in tensors}}
     try:
@@ -238,7 +242,7 @@ def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor]) -> I
             if name in by_name:
                 tensor.data = by_name[name].clone()
             elif tensor.is_floating_point():
-                tensor.data = tensor.data.to(next(iter(tensors.values())).dtype)
+                tensor.data = tensor.data.to(dtype)
         yield
     finally:
         for tensor, data in slots:
@@ -246,14 +250,14 @@ def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor]) -> I
 
 
 def _check_shapes(groups: Groups, keep: Tensor, module: fx.GraphModule, tensors: Mapping[str, Tensor],
-                  reference: list[Any], call: Call) -> tuple[int, float]:
+                  dtype: torch.dtype, reference: list[Any], call: Call) -> tuple[int, float]:
     """Run the rewritten graph node by node against every predicted shape; its output error comes for free.
 
     A stale view can silently turn a batch of 2 into 1, so a forward that runs proves nothing by itself.
     """
     watch = _ShapeWatch(module, groups, keep)
     leaves = _copied(tuple(pytree.tree_leaves((call.args, dict(call.kwargs)))))
-    with _lent(module, groups, sliced_tensors(groups, keep, tensors)), torch.no_grad():
+    with _lent(module, groups, tensors, dtype), torch.no_grad():
         outputs = watch.run(*leaves, enable_io_processing=False)
     return watch.checked, difference(pytree.tree_leaves(outputs), reference)
 
