@@ -92,7 +92,8 @@ def refused(kind: type[PrunekernError], *words: str, model: Any, call: Callable[
 # ---- the model -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("thing", ["resnet50", Net, None, 5, lambda x: x], ids=["string", "class", "nothing", "number", "function"])
+@pytest.mark.parametrize("thing", ["resnet50", Net, None, 5, lambda x: x],
+                         ids=["string", "class", "nothing", "number", "function"])
 def test_no_module(thing: Any) -> None:
     for call in (pk.compress, pk.prune, pk.lower, pk.profile, pk.trace, pk.groups_of):
         refused(ModelError, type(thing).__name__, "not a torch.nn.Module", "pass the module itself", model=thing,
