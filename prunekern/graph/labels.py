@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import Dim, Graph, place
@@ -102,9 +102,12 @@ def label(graph: Graph, registry: Registry, *, keep_outputs: bool = True, tape: 
     tape: one of the graph to write on, for callers that want to look at it afterwards.
     """
     tape = tape or Tape(graph)
+    unread = unread_parameters(graph)
     for node in graph.nodes:
         if node.op == "placeholder":
             _state(tape, node)
+            if graph.fqn(node) in unread:
+                tape.freeze_planes(node, tape.planes(node))
         elif node.op == "output":
             for leaf in pytree.tree_leaves(list(node.args)):
                 if keep_outputs and isinstance(leaf, fx.Node):
@@ -212,7 +215,17 @@ def _components(tape: Tape) -> tuple[Tensor, int]:
     return torch.from_numpy(component.astype(np.int64)), int(count)
 
 
+def unread_parameters(graph: Graph) -> list[str]:
+    """Parameters that the forward does not use on the example inputs (auxiliary heads, say): nothing is known
+    about what they run with, so they stay as they are."""
+    read = {graph.fqn(arg) for node in graph.nodes for arg in node.all_input_nodes}
+    return [name for name, tensor in graph.tensors.items() if isinstance(tensor, nn.Parameter) and name not in read]
+
+
 def frozen_report(labels: Labels) -> list[str]:
-    """One line per operator that holds channels back: where and why."""
+    """One line per operator that holds channels back: where and why; and one for what the forward never reads."""
     lines = dict.fromkeys(f"{place(item.node)}: {item.reason}; its channels stay as they are" for item in labels.frozen)
-    return list(lines)
+    unread = dict.fromkeys(name.rpartition(".")[0] or name for name in unread_parameters(labels.graph))
+    return [*lines, *([f"{', '.join(map(repr, unread))}: the forward does not read these parameters on the example "
+                       "inputs; they stay as they are, also where they belong to layers that shrink"]
+                      if unread else [])]

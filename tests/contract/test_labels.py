@@ -286,3 +286,22 @@ def test_planes() -> None:
     assert varying(plane.contiguous()) == {0, 1, 2}
     assert varying(normalise(plane.contiguous())) == {1}
     assert varying(normalise(torch.zeros(2, 3, dtype=torch.long))) == frozenset()
+
+
+def test_unread_parameters_stay_and_are_named() -> None:
+    """An auxiliary head that eval() skips: what it would run with is not known."""
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.aux = conv(3, 5), conv(5, 2), nn.Sequential(conv(5, 7), nn.BatchNorm2d(7))
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.a(x)
+            return (self.b(x), self.aux(x)) if self.training else self.b(x)
+
+    found = groups_of(Auxiliary().eval(), X)
+    assert [family.name for family in found] == ["a"]
+    assert axis(found, "aux.0.weight", 0) == [FIXED] * 7
+    assert any("'aux.0', 'aux.1'" in line and "does not read" in line for line in frozen_report(found.labels))
+    plain = groups_of(nn.Sequential(conv(3, 5), nn.BatchNorm2d(5), conv(5, 2)).eval(), X)
+    assert frozen_report(plain.labels) == []
