@@ -20,7 +20,7 @@ from prunekern.kernels import im2col_nhwc, unavailable
 
 PATCH_BYTES = 2 << 20              # of the im2col matrix that is made at once: what stays in cache
 DEVICE_PATCH_BYTES = 256 << 20     # on a GPU: few launches, bounded memory
-LANES, WIDE = 16, 128              # widths that torch's GEMM likes; above, its remainder hardly matters
+LANES, WIDE = 8, 128               # widths that torch's GEMM likes; above, its remainder hardly matters
 FEW_CHANNELS = 8                   # below, runs of pixels are longer than runs of channels
 
 
@@ -123,8 +123,7 @@ def _gemm(layout: Layout, weight: Tensor, bias: Tensor | None, rows: int, used: 
     """The product with one weight ``[N, K]``, for at most ``rows`` rows; ``used`` bytes of scratch hold ``a``.
 
     The weight stays as stored, ``[N, K]``: packed the other way, few outputs lose a digit. On CPUs, torch's GEMM
-    takes up to three times as long where N is not a multiple of the vector's 16 lanes, as it seldom is in a
-    pruned network. The transposed product has the long axis there instead.
+    takes up to three times as long where N is not a multiple of 8, as it seldom is in a pruned network. The transposed product has the long axis there instead.
     """
     outputs = weight.shape[0]
     if layout.device.type != "cpu" or outputs % LANES == 0 or outputs > WIDE or rows < LANES:
