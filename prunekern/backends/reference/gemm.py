@@ -123,7 +123,8 @@ def _gemm(layout: Layout, weight: Tensor, bias: Tensor | None, rows: int, used: 
     """The product with one weight ``[N, K]``, for at most ``rows`` rows; ``used`` bytes of scratch hold ``a``.
 
     The weight stays as stored, ``[N, K]``: packed the other way, few outputs lose a digit. On CPUs, torch's GEMM
-    takes up to three times as long where N is not a multiple of 8, as it seldom is in a pruned network. The transposed product has the long axis there instead.
+    takes up to three times as long where N is not a multiple of 8, as it seldom is in a pruned network. The
+    transposed product has the long axis there instead.
     """
     outputs = weight.shape[0]
     if layout.device.type != "cpu" or outputs % LANES == 0 or outputs > WIDE or rows < LANES:
