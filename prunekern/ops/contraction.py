@@ -197,6 +197,20 @@ class TransposedConvolution(Convolution):
                 "output_padding": per_axis(given.get("output_padding", 0), len(kernel))}
 
 
+def label_product(node: fx.Node, tape: Tape, x: Any, weight: Any, inputs: int, bias: Any = None) -> None:
+    """x [..., I] times a matrix whose axis ``inputs`` holds the I: its other axis issues the output's channels."""
+    source, rest = tape.consume(node, x, -1)
+    tape.tie(node, source, tape.read(node, weight, inputs))
+    out = tape.produce(node, weight, 1 - inputs)
+    if isinstance(bias, fx.Node):
+        tape.tie(node, out, tape.axis(node, bias, 0))
+    shape = tape.shape(node)
+    planes: list[Tensor] = [p.narrow(p.dim() - 1, 0, 1).expand(shape) for p in rest]
+    if out is not None:
+        planes.append(spread(out, len(shape) - 1, shape))
+    tape.give(node, planes)
+
+
 class Linear(OpRule):
     """linear(x [..., I], weight [O, I], bias [O])."""
 
@@ -209,17 +223,7 @@ class Linear(OpRule):
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-        source, rest = tape.consume(node, x, -1)  # type: ignore[arg-type]
-        tape.tie(node, source, tape.read(node, weight, 1))
-        out = tape.produce(node, weight, 0)
-        if isinstance(bias, fx.Node):
-            tape.tie(node, out, tape.axis(node, bias, 0))
-        shape = tape.shape(node)
-        planes: list[Tensor] = [p.narrow(p.dim() - 1, 0, 1).expand(shape) for p in rest]
-        if out is not None:
-            planes.append(spread(out, len(shape) - 1, shape))
-        tape.give(node, planes)
+        label_product(node, tape, node.args[0], node.args[1], 1, argument(node, 2, "bias"))
 
     def macs(self, node: fx.Node, shape: ShapeOf) -> int:
         """rows * I * O: a matrix product [rows, I] x [I, O] (Golub, Van Loan, "Matrix Computations", 1.1)."""
@@ -274,8 +278,20 @@ class Embedding(OpRule):
         return True
 
 
+class Multiplied(nn.Module):
+    """A sample's module: a bare weight [I, O] on the right of ``@``."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 class MatMul(OpRule):
-    """matmul/bmm/mm/addmm of two activations: counted exactly; the channels that meet in it stay."""
+    """matmul and mm with a matrix on the right are linear layers. Of two activations, and bmm, addmm: counted
+    exactly; the channels that meet in it stay."""
 
     matches = aten("matmul", "bmm", "mm", "addmm", "baddbmm")
     samples: ClassVar[tuple[Sample, ...]] = (
@@ -283,9 +299,15 @@ class MatMul(OpRule):
         Sample(lambda: Pair(torch.matmul, "matmul of heads"), ((2, 3, 6, 5), (2, 3, 5, 1)), prunable=False),
         Sample(lambda: Pair(torch.bmm, "bmm"), ((2, 6, 13), (2, 13, 37)), prunable=False),
         Sample(lambda: Pair(torch.baddbmm, "baddbmm"), ((2, 6, 7), (2, 6, 5), (2, 5, 7)), prunable=False),
+        Sample(lambda: Multiplied(6, 9), ((2, 6),), "matrix on the right"),
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
+        left, right = node.args[:2]
+        ranks = [len(tape.shape(arg)) for arg in (left, right)]  # type: ignore[arg-type]
+        if "add" not in str(node.target) and ranks[1] == 2 <= ranks[0]:
+            label_product(node, tape, left, right, 0)
+            return
         for arg in node.all_input_nodes:
             tape.freeze_planes(node, tape.planes(arg), "two activations are multiplied as matrices")
         planes: Planes = ()

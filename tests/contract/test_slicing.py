@@ -109,14 +109,14 @@ def test_sliced_equals_silenced(index: int, seed: int) -> None:
         return
     result = carried_out(index, seed)
     reference = silenced(model, result.plan)
-    if "sum" in str(sample):
+    if "sum" in str(sample) or "matrix" in str(sample):
         silence_outputs(reference.fronts, result.plan)
     for batch in (1, 2, 5):
         assert_equal_fp64(outputs(result.model, sample, batch), outputs(reference, sample, batch))
 
 
 def silence_outputs(fronts: nn.ModuleList, plan: Any) -> None:
-    """A sum over channels has no weights to silence: what is gone counts as zero where it is summed."""
+    """Without a layer whose weights could be silenced, what is gone counts as zero where it is summed."""
     for i, front in enumerate(fronts):
         kept = plan.kept.get(f"fronts.{i}.weight", {}).get(0)
         if kept is not None:

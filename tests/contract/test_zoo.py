@@ -31,7 +31,6 @@ NOTHING = {
     "manual_attention": "multiplied as matrices",
     "outer_product": "multiplied as matrices",
     "packed_qkv": "meet in attention",
-    "parameter_list": "multiplied as matrices",
     "parametrised": "no rule for this operator",                       # weight norm
     "recurrent": "return at every time step",
     "rope_gqa": "meet in attention",
@@ -98,7 +97,8 @@ FAMILIES: dict[str, dict[str, int]] = {
     "siamese": {"encoder.0.0": 6, "encoder.2.0": 8},
     "tied_embedding": {"embedding": 8, "fc1": 14},
     "tied_autoencoder": {"enc1": 9, "enc2": 5},
-    "functional_conv": {"kernel": 8},
+    "functional_conv": {"kernel": 8, "weight": 10},                    # no layers, only parameters
+    "parameter_list": {"weights": 8, "weights#2": 9},
     "masked_weight": {"fc1.weight[0]": 12},
     "several_outputs": {"conv2.0": 9},                                 # the others go out
     "positional_embedding": {"fc1": 12},
