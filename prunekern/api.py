@@ -24,7 +24,7 @@ from prunekern.prune.importance import Criterion
 from prunekern.prune.oneshot import apply_plan, groups_of
 from prunekern.prune.rebuild import check_structure
 from prunekern.prune.recalibrate import recalibrate as recalibrate_norms
-from prunekern.prune.target import SHARES, Target
+from prunekern.prune.target import SHARES, Target, as_target
 from prunekern.result import Result
 from prunekern.search import Trial, smallest
 from prunekern.summary import summarise
@@ -65,13 +65,16 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
                           "or the other.")
     if lower and backend != "auto":
         select(backend)                 # before the work, not after it
-    target = target or Target(macs=0.5)
+    target = as_target(target)
     notes: list[str] = []
+    if steps > 1 and train is None:
+        notes.append(f"steps={steps} without train=: the cuts followed each other with no training in between")
     call = as_call(model, _example(model, example_inputs, (calibrate, train, validate, test), notes))
     tell("trace")
     groups = groups_of(model, call)
     plan_options = {"criterion": criterion, "reduction": reduction, "normalisation": normalisation,
-                    "direction": direction, "ranking": ranking, "ignore": tuple(ignore), "round_to": round_to,
+                    "direction": direction, "ranking": ranking,
+                    "ignore": (ignore,) if isinstance(ignore, str) else tuple(ignore), "round_to": round_to,
                     "calibrate": _batches(calibrate if calibrate is not None else train), "loss": loss, "seed": seed}
     work = _Work(model, groups, plan_options, steps, train, validate,
                  _statistics(calibrate, train) if recalibrate else None,

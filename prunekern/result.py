@@ -19,10 +19,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from prunekern.backends import Lowered
+from prunekern.backends import Lowered, lower
 from prunekern.core.files import replace_all
 from prunekern.core.plan import Plan
-from prunekern.errors import ArtefactError, UnsupportedOp
+from prunekern.errors import ArtefactError, LoweringError, ModelError, UnsupportedOp
 from prunekern.graph.inputs import Call
 from prunekern.ops import REGISTRY
 from prunekern.prune.oneshot import groups_of
@@ -32,6 +32,7 @@ from prunekern.prune.rebuild import rebuild
 from prunekern.prune.rewrite import rewrite
 from prunekern.prune.schedule import Step
 from prunekern.report import Report
+from prunekern.train.evaluate import kept_modes
 
 FORMAT, VERSION = "prunekern-result", 1
 MANIFEST = "manifest.json"
@@ -44,7 +45,8 @@ class Result:
     model:   an nn.Module, smaller: fine-tune it, export it. ``form`` is 'class' (the user's own) or 'graph'
              (rewritten; ``notes`` say why).
     plan:    what was kept of the original. steps: every pruning step with its proof; ``proof`` is the last.
-    lowered: the same network as planned GEMMs; None where lowering was not asked for.
+    lowered: the same network as planned GEMMs; None where lowering was not asked for. It holds the weights of that
+             moment: after fine-tuning ``model``, lower it again (``save`` does so by itself).
     report:  ``.show()`` in a terminal, ``.save(folder)`` as HTML, JSON and PNG.
     example: the inputs it was traced on.
     """
@@ -104,16 +106,28 @@ class Result:
         (stage / "plan.json").write_text(json.dumps(self.plan.to_json(), indent=1))
         (stage / "weights.safetensors").write_bytes(save_tensors(_plain(self.model.state_dict())))
         (stage / "report.json").write_text(self.report.to_json())
-        groups = groups_of(self.model, self.example, allow_train=True)
-        graph = rewrite(groups.labels, groups.everything(), self.model, REGISTRY, layers=False)
+        with kept_modes(self.model, train=False):
+            groups = groups_of(self.model, self.example)
+            graph = rewrite(groups.labels, groups.everything(), self.model, REGISTRY, layers=False)
+            lowered = self._lowered_now()
         try:
             (stage / "graph.json").write_text(json.dumps(to_data(graph)))
             (stage / "graph.safetensors").write_bytes(save_tensors(_plain(state_of(graph))))
         except UnsupportedOp as error:
             notes.append(f"the graph form is not saved, load with the model class: {error}")
-        if self.lowered is not None:
-            self.lowered.save(stage / "program")
+        if lowered is not None:
+            lowered.save(stage / "program")
         return notes
+
+    def _lowered_now(self) -> Lowered | None:
+        """The lowered network of the weights as they are: the model may have been fine-tuned since."""
+        if self.lowered is None:
+            return None
+        try:
+            self.lowered.verify(self.model, *self.example.args, **self.example.kwargs)
+            return self.lowered
+        except LoweringError:
+            return lower(self.model, self.example, backend=self.lowered.asked)
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "auto") -> Result:
@@ -131,8 +145,11 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "au
         report = Report.from_json((folder / "report.json").read_text())
         weights = load_tensors((folder / "weights.safetensors").read_bytes())
     if model is not None:
-        groups = groups_of(model, example.map(lambda t: t.to(_device(model))), allow_train=True)
-        module, form = rebuild(model, groups, plan, manifest["form"], weights), str(manifest["form"])
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the dense model itself.")
+        with kept_modes(model, train=False):        # a fresh model is in training mode
+            groups = groups_of(model, example.map(lambda t: t.to(_device(model))))
+            module, form = rebuild(model, groups, plan, manifest["form"], weights), str(manifest["form"])
     elif "graph.json" in manifest["files"]:
         with _reading(folder):
             tensors = load_tensors((folder / "graph.safetensors").read_bytes())

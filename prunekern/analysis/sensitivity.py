@@ -67,6 +67,8 @@ def sensitivity(model: nn.Module, data: Any, *, example_inputs: Any = None,
     The network itself is run with channels masked, which the proof of slicing makes the same thing, so nothing
     is copied or cut. Source: Li et al., Pruning Filters for Efficient ConvNets (2017).
     """
+    if data is None:
+        raise InputError("sensitivity needs data, (inputs, labels) tensors or batches of them, to measure accuracy on.")
     batches = _batches(data)
     for ratio in ratios:
         if not 0 < ratio < 1:

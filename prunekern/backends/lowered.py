@@ -159,10 +159,21 @@ class Lowered:
 
     def explain(self, *args: Any, time: bool = False, **kwargs: Any) -> Explanation:
         """One row per step at the shape of these inputs: op, M x N x K, algorithm, MACs, bytes, epilogue; with
-        ``time=True`` also the measured time and its share of this machine's roofline."""
+        ``time=True`` also the measured time and its share of this machine's roofline. Without inputs: a batch of one
+        (random floats, zeros for integers), or of the size that the forward fixes."""
+        if not args and not kwargs:
+            args, kwargs = self._sample()
         tensors, signature = self._bind(args, kwargs)
         backend = self.choice(signature.device.type).backend.name
         return explain(self.placement(signature), tensors, backend, measure=time)
+
+    def _sample(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        batch = 1 if self.program.batch is None else self.program.batch
+        leaves = [wanted.at(batch) if isinstance(wanted, Dim) else wanted if not isinstance(wanted, Slot) else
+                  torch.randn(wanted.at(batch)).to(wanted.dtype) if wanted.dtype.is_floating_point else
+                  torch.zeros(wanted.at(batch), dtype=wanted.dtype) for wanted in self.program.inputs]
+        args, kwargs = pytree.tree_unflatten(leaves, self.program.in_spec)
+        return tuple(args), dict(kwargs)
 
     def verify(self, model: nn.Module | Graph, *args: Any, **kwargs: Any) -> Verification:
         """Hold this network to a model on these inputs, per step and end to end. Raises LoweringError naming the

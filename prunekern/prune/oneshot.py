@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from prunekern.prune.importance.score import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
 from prunekern.prune.rewrite import rewrite
 from prunekern.prune.slice import choice_of, plan_of, slice_module
-from prunekern.prune.target import Meter, Target, choose, ignored
+from prunekern.prune.target import Meter, Target, as_target, choose, ignored
 from prunekern.prune.units import make_units
 
 
@@ -68,7 +69,7 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
     """
-    clock, target = Clock(), target or Target(macs=0.5)
+    clock, target = Clock(), as_target(target)
     if groups is None:
         with clock("trace"):
             graph = trace(model, example_inputs)
@@ -90,7 +91,7 @@ def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2"
     Options: those of ``prune``. Raises TargetError, UnknownName, InputError.
     """
     _check_prunable(groups)
-    blocked = ignored(groups, list(ignore))
+    blocked = ignored(groups, ignore)
     scores = score(groups, criterion, reduction=reduction, normalisation=normalisation, direction=direction,
                    batches=calibrate, loss=loss, seed=seed)
     units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
@@ -100,14 +101,16 @@ def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2"
                    notes=tuple(dict.fromkeys((*choice.notes, *scores.notes)))), choice.keep
 
 
-def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan, *, groups: Groups | None = None,
+def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan | str | Path, *, groups: Groups | None = None,
                seed: int = 0) -> Pruned:
-    """Slice a model as a (possibly hand-edited) plan says, and prove it.
+    """Slice a model as a (possibly hand-edited) plan, or the file that holds one, says, and prove it.
 
     Raises PlanError where the plan belongs to another graph or contradicts itself.
     """
     if groups is None:
         groups = groups_of(model, example_inputs)
+    if not isinstance(plan, Plan):
+        plan = Plan.load(plan)
     keep = choice_of(groups, plan)
     again = plan_of(groups, keep, costs=Meter(groups).change(keep), target=dict(plan.target), notes=plan.notes)
     return cut(model, groups, keep, again, seed=seed)

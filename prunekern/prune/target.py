@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -105,8 +105,18 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def ignored(groups: Groups, patterns: list[str] | tuple[str, ...]) -> Tensor:
+def as_target(target: Any) -> Target:
+    """None is half of the MACs. Raises TargetError for anything else that is not a Target."""
+    if target is None:
+        return Target(macs=0.5)
+    if not isinstance(target, Target):
+        raise TargetError(f"target is {target!r}; pass what is to remain by name, e.g. Target(macs=0.5).")
+    return target
+
+
+def ignored(groups: Groups, patterns: str | Sequence[str]) -> Tensor:
     """Boolean [groups]: those of every family that a glob names. Raises TargetError where one matches nothing."""
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     blocked = torch.zeros(groups.labels.groups, dtype=torch.bool)
     paths = {name.rpartition(".")[0] for name in groups.graph.tensors}
     for pattern in patterns:
@@ -166,8 +176,9 @@ def _fewest(meter: Meter, units: Units, removed: Tensor, order: Tensor, shares: 
         least = meter.of(~units.removed(chosen))
         reach = ", ".join(f"{name} {least[name] / meter.whole[name]:.3f}" for name in shares if meter.whole[name])
         asked = ", ".join(f"{name}={share}" for name, share in shares.items())
-        raise TargetError(f"the target {asked} is out of reach: with one channel left in every prunable layer "
-                          f"the network keeps {reach} of the original. Ask for more than that, or ignore less.")
+        raise TargetError(f"the target {asked} is out of reach: with all gone that may go (what is ignored stays, "
+                          f"and of each layer one channel, or round_to of them) the network keeps {reach} of the "
+                          "original. Ask for more than that, or ignore less.")
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import prunekern as pk
 from prunekern import train as training
-from prunekern.errors import ArtefactError
+from prunekern.errors import ArtefactError, ModelError, TargetError
 from prunekern.result import Result
 from tests.identity import snapshot
 
@@ -228,3 +228,46 @@ def test_unknown_weights_are_refused(tmp_path: Path) -> None:
     made(Net)[1].save(tmp_path)
     with pytest.raises((ArtefactError, pk.core.plan.PlanError), match=r"extra|another model"):
         pk.load(tmp_path, Later().eval())
+
+
+def test_fine_tuned_model_is_saved_with_its_own_program(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    result = pk.compress(model, x)
+    with torch.no_grad():
+        for parameter in result.model.parameters():
+            parameter.mul_(1.5)
+    result.model.train()
+    result.save(tmp_path)
+    assert result.model.training
+    back = pk.load(tmp_path)
+    torch.testing.assert_close(back.lowered(x), back.model(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.model(x), result.model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_fresh_models_are_in_training_mode_and_load_all_the_same(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 4))
+    x = torch.randn(2, 3, 6, 6)
+    result = pk.compress(make().eval(), x)
+    result.save(tmp_path)
+    fresh = make()
+    back = pk.load(tmp_path, model=fresh)
+    assert fresh.training
+    assert not back.model.training
+    torch.testing.assert_close(back.model(x), result.model(x))
+    with pytest.raises(ModelError, match="tuple"):
+        pk.load(tmp_path, model=(fresh, x))  # type: ignore[arg-type]
+
+
+def test_plan_files_names_and_samples_are_taken(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    x = torch.randn(2, 6)
+    pruned = pk.prune(model, x, pk.Target(macs=0.8), ignore="0")
+    assert pruned.model[0].out_features == 8
+    pruned.plan.save(tmp_path / "plan.json")
+    again = pk.apply_plan(model, x, tmp_path / "plan.json")
+    torch.testing.assert_close(again.model(x), pruned.model(x))
+    assert "linear" in str(pk.lower(model, x).explain()).lower()
+    with pytest.raises(TargetError, match=r"Target\(macs=0.5\)"):
+        pk.compress(model, x, 0.5)  # type: ignore[arg-type]
