@@ -129,7 +129,8 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
             result.report.save(out / "report")
     say.result(result.report, {**facts(result), "saved": str(out) if out else None}, full=False)
     if out is not None:
-        again = f" (model=... fills your own class, {target.rpartition(':')[2]})" if loaded.result is None else ""
+        factory = target.rpartition(":")[2]
+        again = f" (model= a fresh one of {factory}() gives your class)" if loaded.result is None else ""
         say.remark(f"load it with prunekern.load({str(out)!r}){again}; the report is {out / 'report' / 'index.html'}")
 
 
