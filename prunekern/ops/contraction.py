@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from prunekern.core.arguments import per_axis
 from prunekern.core.builder import Builder
 from prunekern.core.graph import Shape, ShapeOf
-from prunekern.core.labels import Planes, Tape, spread, varying
+from prunekern.core.labels import FIXED, Planes, Tape, spread, varying
 from prunekern.core.program import Epilogue
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 from prunekern.ops.elementwise import Pair
@@ -82,6 +82,9 @@ class Convolution(OpRule):
             tape.tie(node, source, rows)
             far = tape.fresh(groups * per_group)
         own = tape.axis(node, weight, self.table_axis)         # replaced by the table, where there is one
+        if far is None and name is not None and per_group > 1:   # fixed inputs hold the table for other calls, too
+            fixed = torch.full((groups, per_group), FIXED)
+            tape.freeze(node, tape.tables.setdefault((name, self.table_axis), fixed))
         if rows is None or far is None or name is None:
             for labels in (far, own, rows if rows is None or rows.numel() == groups else None):
                 if labels is not None:

@@ -305,3 +305,14 @@ def test_unread_parameters_stay_and_are_named() -> None:
     assert any("'aux.0', 'aux.1'" in line and "does not read" in line for line in frozen_report(found.labels))
     plain = groups_of(nn.Sequential(conv(3, 5), nn.BatchNorm2d(5), conv(5, 2)).eval(), X)
     assert frozen_report(plain.labels) == []
+
+
+@pytest.mark.parametrize("input_first", [True, False])
+def test_grouped_weights_that_also_read_the_input_keep_their_table(input_first: bool) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        first, second = (x, m.a(x)) if input_first else (m.a(x), x)
+        return m.b(torch.relu(m.g(first)) + torch.relu(m.g(second)))
+    found = groups(forward, torch.randn(2, 6, 4, 4), a=conv(6, 6), g=conv(6, 4, groups=2), b=conv(4, 2))
+    assert axis(found, "g.weight", 1) == [[FIXED] * 3] * 2
+    assert axis(found, "a.weight", 0) == [FIXED] * 6
+    assert [family.name for family in found] == ["g"]
