@@ -37,8 +37,8 @@ class Units:
     def within(self, family: Family) -> tuple[Tensor, Tensor]:
         """The units that hold channels of a family and may leave, least important first, and how many each holds."""
         units, held = self.of[family.groups].unique(return_counts=True)
-        free = (units >= 0) & ~self.last[units]
-        units, held = units[free], held[free]
+        units, held = units[units >= 0], held[units >= 0]
+        units, held = units[~self.last[units]], held[~self.last[units]]
         order = self.score[units].argsort(stable=True)
         return units[order], held[order]
 
@@ -59,7 +59,6 @@ def make_units(groups: Groups, scores: Tensor, *, ignore: Tensor | None = None, 
     score: list[Tensor] = []
     family_of: list[Tensor] = []
     rank: list[Tensor] = []
-    last: list[Tensor] = []
     count = 0
     for number, family in enumerate(groups):
         ids = family.groups[~blocked[family.groups]]
@@ -76,16 +75,15 @@ def make_units(groups: Groups, scores: Tensor, *, ignore: Tensor | None = None, 
         score.append(torch.zeros(n, dtype=torch.float64).index_add_(0, unit, scores[order].double()) / sizes)
         family_of.append(torch.full((n,), number))
         rank.append(torch.arange(1, n + 1, dtype=torch.float64) / max(n, 1))
-        whole = bool((of[family.groups] >= 0).all())   # nothing else of the family is sure to stay
-        last.append(torch.arange(n) == (n - 1 if whole else -1))
         count += n
     empty = torch.zeros(0)
     units = Units(of, torch.cat(score or [empty]).double(), torch.cat(family_of or [empty]).long(),
-                  torch.cat(rank or [empty]).double(), torch.cat(last or [empty]).bool(), tuple(notes))
+                  torch.cat(rank or [empty]).double(), torch.zeros(count, dtype=torch.bool), tuple(notes))
     for family in groups:
         mine = of[family.groups]
-        if bool((mine >= 0).all()) and not bool(units.last[mine].any()):   # all its units count for other families
-            units.last[mine[units.score[mine].argmax()]] = True
+        if bool((mine >= 0).all()) and not bool(units.last[mine].any()):   # nothing else of it is sure to stay
+            best = units.score[mine].max()
+            units.last[mine[units.score[mine] == best].max()] = True
     return units
 
 

@@ -217,3 +217,18 @@ def test_nothing_to_prune_gives_no_units() -> None:
     units = make_units(groups, scores_of(groups))
     assert len(units) == 0
     assert not bool(units.removed(torch.zeros(0, dtype=torch.bool)).any())
+
+
+def test_a_family_that_is_wholly_ignored_has_no_units() -> None:
+    groups = chain(3, 6, 2)
+    units = make_units(groups, scores_of(groups), ignore=torch.ones(groups.labels.groups, dtype=torch.bool))
+    assert len(units) == 0
+    assert [len(found) for found in units.within(groups.families[0])] == [0, 0]
+
+
+def test_equal_scores_leave_in_order() -> None:
+    groups = chain(3, 6, 2)
+    units = make_units(groups, torch.ones(groups.labels.groups, dtype=torch.float64))
+    assert units.last.tolist() == [False] * 5 + [True]
+    mine, held = units.within(groups.families[0])
+    assert (mine.tolist(), held.tolist()) == ([0, 1, 2, 3, 4], [1] * 5)
