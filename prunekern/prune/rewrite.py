@@ -131,8 +131,7 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
     module = PrunedModule(root, new, class_name="PrunedModule")
     for part in module.modules():
         part.training = modules.training
-    for path, flag in flags:                         # every part keeps its own, in both forms
-        modules.get_submodule(path).training = flag
+    for path, flag in flags:                         # every part keeps its own, in both forms: they share layers
         if path and _has(module, own_name(path)):
             module.get_submodule(own_name(path)).training = flag
     return module

@@ -53,13 +53,6 @@ def result() -> Cut:
     return found
 
 
-def without_dropout(module: nn.Module) -> nn.Module:
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-    return module
-
-
 def test_literals_became_the_surviving_sizes(result: Cut) -> None:
     width = {f.name: int(result.keep[f.groups].sum()) for f in result.groups}
     assert result.graph_form(X).shape == (4, 4)
@@ -99,6 +92,8 @@ def test_train_and_eval(result: Cut) -> None:
     with torch.no_grad():
         graph.train()
         assert not torch.equal(graph(X), graph(X))               # dropout, as a layer and as a function
+        graph.drop.p = 0.0
+        assert not torch.equal(graph(X), graph(X))               # the function alone
         graph.eval()
         assert torch.equal(graph(X), graph(X))
         tracked = int(graph.norm.num_batches_tracked)
