@@ -11,9 +11,11 @@ The reason is printed, and kept in `prunekern/_C.reason`, where `prunekern.kerne
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,6 +24,17 @@ from setuptools.errors import BaseError, CCompilerError
 
 MODES = ("none", "cpp", "cuda")
 REBUILD = "PRUNEKERN_BUILD=cpp pip install -e . --no-build-isolation"
+
+# Kernel units (csrc/cpu/kernels/) are compiled once per instruction set; which one runs is decided at run time.
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {
+    "portable": [],
+    **({"avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]} if X86 else {})}
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
+KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-ffp-contract=fast"]
+# What a sanitizer build adds, to compiling and linking alike (CONTRIBUTING.md).
+EXTRA_FLAGS = os.environ.get("PRUNEKERN_CXXFLAGS", "").split()
 
 
 def say(text: str) -> None:
@@ -54,6 +67,7 @@ class OptionalBuildExt(build_ext):
         if reason is None:
             try:
                 self.add_torch(ext)
+                ext.extra_objects = self.compile_kernels()
                 super().build_extension(ext)
             except (BaseError, CCompilerError, OSError) as error:
                 say(str(error))
@@ -88,6 +102,23 @@ class OptionalBuildExt(build_ext):
             return f"torch cannot be imported by the build ({error}); install torch, then: {REBUILD}"
         return None
 
+    def compile_kernels(self) -> list[str]:
+        """The kernel units' objects, one per unit and instruction set; what is up to date is left alone."""
+        headers = max(path.stat().st_mtime for path in [*Path("csrc/cpu").rglob("*.h"), Path(__file__)])
+        jobs = [(unit, isa, Path(self.build_temp) / isa) for unit in sorted(Path("csrc/cpu/kernels").glob("*.cpp"))
+                for isa in INSTRUCTION_SETS]
+
+        def compile_one(job: tuple[Path, str, Path]) -> str:
+            unit, isa, folder = job
+            (target,) = self.compiler.object_filenames([str(unit)], output_dir=str(folder))
+            made = Path(target).stat().st_mtime if Path(target).exists() else 0.0
+            if self.force or made < max(headers, unit.stat().st_mtime):
+                self.compiler.compile([str(unit)], output_dir=str(folder), macros=[("PK_ISA", isa)],
+                                      extra_postargs=[*KERNEL_FLAGS, *INSTRUCTION_SETS[isa], *EXTRA_FLAGS])
+            return target
+        with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
+            return list(workers.map(compile_one, jobs))
+
     def add_torch(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -104,12 +135,15 @@ setup(
         Extension(
             "prunekern._C",
             sources=sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
-            depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+            depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.def"),
+                                    *Path("csrc/cpu/kernels").glob("*.cpp")])),
             define_macros=[
+                *([("PK_X86", "1")] if X86 else []),
                 ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # torch 2.11's stable ABI
                 ("Py_LIMITED_API", "0x030b0000"),
             ],
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"],
+            extra_compile_args=[*FLAGS, *EXTRA_FLAGS],
+            extra_link_args=["-pthread", *EXTRA_FLAGS],
             libraries=["torch_cpu"],
             language="c++",
             py_limited_api=True,

@@ -1,0 +1,209 @@
+// The innermost loop of everything that is a matrix product: MR rows times NV vectors of columns in registers.
+//
+// Rows of A are found through pointers and are sums over *segments*: stretches of contiguous floats at the same
+// offsets from every row's start. A segment of a convolution is a row of its window (kernel width x channels, next to
+// each other in a channels-last image), so im2col is only a table of offsets. B is packed in panels of NV vectors:
+// [k][NV * kLanes]. Register blocks follow K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication", ACM TOMS 34(3), 2008: A is broadcast, B loaded, everything else stays in registers.
+#pragma once
+
+#include "../epilogue.h"
+#include "../math.h"
+#include "../op.h"
+#include "../vec.h"
+
+namespace pk {
+namespace PK_ISA {
+
+struct Segment {
+  int64_t offset, length;    // floats
+};
+
+constexpr int kMaxVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kMaxRows = 14;
+// Rows that fit beside NV vectors of B and one broadcast of A.
+constexpr int rows_for(int vectors) {
+  return kRegisters == 32 ? (vectors == 1 ? 14 : vectors == 2 ? 14 : vectors == 3 ? 9 : 6) : (vectors == 1 ? 12 : 6);
+}
+
+// One tile. a: the rows' starts; y: where they go; residual: rows of the residual (unused without one).
+// columns: how many of the panel's columns exist from here. partial: [row][NV * kLanes] sums of the
+// segments before these (not read if `first`) and with these (written unless `last`).
+struct Block {
+  const float* a[kMaxRows];
+  float* y[kMaxRows];
+  const float* residual[kMaxRows];
+  const Segment* segments;
+  int64_t segment_count;
+  const void* b;
+  const float* bias;
+  const Epilogue* epilogue;
+  int64_t columns;
+  float* partial;
+  bool first, last;
+};
+
+PK_INLINE vec load_weight(const float* p) { return load(p); }
+PK_INLINE vec load_weight(const uint16_t* p) { return load_half(p); }
+
+// How far ahead weights are fetched, in bytes: they come from far away when there are few rows.
+constexpr int64_t kAhead = 1024;
+
+template <int MR, int NV, class W>
+PK_INLINE void accumulate(vec (&acc)[MR][NV], const Block& block) {
+  const W* b = static_cast<const W*>(block.b);
+  const float* a[MR];
+  for (int64_t s = 0; s < block.segment_count; ++s) {
+    const int64_t offset = block.segments[s].offset, length = block.segments[s].length;
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) a[r] = block.a[r] + offset;
+    for (int64_t k = 0; k < length; ++k) {
+      vec bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        bv[v] = load_weight(b + v * kLanes);
+        __builtin_prefetch(reinterpret_cast<const char*>(b + v * kLanes) + kAhead);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) {
+        const vec av = set(a[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
+      }
+      b += NV * kLanes;
+    }
+  }
+}
+
+PK_INLINE void store_first(float* p, vec x, int64_t count) {
+  if (count >= kLanes) store(p, x);
+  else store(p, x, first(count));
+}
+
+PK_INLINE vec load_first(const float* p, int64_t count) {
+  return count >= kLanes ? load(p) : load(p, first(count));
+}
+
+template <int MR, int NV>
+PK_INLINE void finish(const vec (&acc)[MR][NV], const Block& block) {
+  const Epilogue& e = *block.epilogue;
+  const vec low = set(e.low), high = set(e.high);
+  // Only the last vector of a panel can be cut short. From memory, so that the rows below are a loop and not MR copies.
+  const int64_t tail = block.columns - (NV - 1) * kLanes;
+  const bool before = e.residual.there && !e.residual_last, after = e.residual.there && e.residual_last && !e.late;
+  alignas(64) float sums[MR][NV * kLanes];
+  vec bias[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) bias[v] = block.bias ? load(block.bias + v * kLanes) : zero();
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(sums[r] + v * kLanes, add(acc[r][v], bias[v]));
+#pragma GCC unroll 1
+  for (int r = 0; r < MR; ++r) {
+    float* const y = block.y[r];
+    const float* const residual = before || after ? block.residual[r] : nullptr;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = v * kLanes, count = v + 1 < NV ? kLanes : tail;
+      vec x = load(sums[r] + at);
+      if (before) x = add(x, load_first(residual + at, count));
+      x = clamp(x, low, high);
+      if (after) x = add(x, load_first(residual + at, count));
+      store_first(y + at, x, count);
+    }
+  }
+}
+
+// Activations that take more than a clamp, over rows that are still in cache.
+inline void finish_late(const Block& block, int rows, int64_t width) {
+  const Epilogue& e = *block.epilogue;
+  const int64_t count = block.columns < width ? block.columns : width;
+  for (int r = 0; r < rows; ++r) {
+    activate_row(e.act, block.y[r], count, e.constants);
+    if (!e.residual.there || !e.residual_last) continue;
+    for (int64_t c = 0; c < count; c += kLanes) {
+      const int64_t left = count - c;
+      store_first(block.y[r] + c, add(load_first(block.y[r] + c, left), load_first(block.residual[r] + c, left)), left);
+    }
+  }
+}
+
+template <int MR, int NV, class W>
+void tile(const Block& block) {
+  vec acc[MR][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      acc[r][v] = block.first ? zero() : load(block.partial + (r * NV + v) * kLanes);
+  accumulate<MR, NV, W>(acc, block);
+  if (!block.last) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store(block.partial + (r * NV + v) * kLanes, acc[r][v]);
+    return;
+  }
+  finish<MR, NV>(acc, block);
+  if (block.epilogue->late) finish_late(block, MR, NV * kLanes);
+}
+
+using TileFn = void (*)(const Block&);
+
+template <int NV, class W>
+TileFn tile_of(int rows) {
+  switch (rows) {
+    case 1: return tile<1, NV, W>;
+    case 2: return tile<2, NV, W>;
+    case 3: return tile<3, NV, W>;
+    case 4: return tile<4, NV, W>;
+    case 5: return tile<5, NV, W>;
+    case 6: return tile<6, NV, W>;
+    default: break;
+  }
+  if constexpr (rows_for(NV) >= 7) {
+    switch (rows) {
+      case 7: return tile<7, NV, W>;
+      case 8: return tile<8, NV, W>;
+      case 9: return tile<9, NV, W>;
+      default: break;
+    }
+  }
+  if constexpr (rows_for(NV) >= 12) {
+    switch (rows) {
+      case 10: return tile<10, NV, W>;
+      case 11: return tile<11, NV, W>;
+      case 12: return tile<12, NV, W>;
+      default: break;
+    }
+  }
+  if constexpr (rows_for(NV) >= 14) {
+    switch (rows) {
+      case 13: return tile<13, NV, W>;
+      case 14: return tile<14, NV, W>;
+      default: break;
+    }
+  }
+  return nullptr;
+}
+
+template <class W>
+TileFn tile_of(int rows, int vectors) {
+  switch (vectors) {
+    case 1: return tile_of<1, W>(rows);
+    case 2: return tile_of<2, W>(rows);
+    default: break;
+  }
+  if constexpr (kMaxVectors >= 4) {
+    switch (vectors) {
+      case 3: return tile_of<3, W>(rows);
+      case 4: return tile_of<4, W>(rows);
+      default: break;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace PK_ISA
+}  // namespace pk
