@@ -1,34 +1,31 @@
-"""Every way to run a network that is compared: the same weights, inputs, precision (fp32) and number of threads.
+"""Every way to run a network that is compared: the same weights, inputs and number of threads.
 
 Each contender is given its best settings, and one call takes an input where that contender wants it and leaves a
-finished output. Inputs are converted and bound before the clock starts, for everybody alike.
+finished output. Inputs are converted and bound before the clock starts, for everybody alike. Contenders compute in
+fp32, except those whose ``precision`` says something else: they are compared among themselves only.
 """
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import copy
 import importlib.util
-import io
-import logging
-import signal
-import threading
-import types
-import warnings
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
+from bench.isolation import OutOfTime, own_signal_stack, quiet, time_limit
 from prunekern.backends import BACKENDS, lower
 from prunekern.backends.base import Backend
 from prunekern.lower.tolerance import error, limit
 
 Call = Callable[[], object]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -51,36 +48,84 @@ class Runner:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run a network. ``unavailable`` gives the reason why it cannot take part, or None."""
+    """A way to run a network. ``key``: its name on the command line. ``ours``: it is this library, not a peer.
+    ``unavailable`` gives the reason why it cannot take part, or None."""
 
+    key: str
     name: str
     make: Callable[[nn.Module, Tensor, Setting], Runner]
     unavailable: Callable[[Setting], str | None] = lambda setting: None
+    precision: str = "fp32"
+    ours: bool = False
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A contender held to eager's fp64 result on two inputs; errors are ``max|y - y64| / max|y64|``."""
+    """A contender held to eager's fp64 result on two inputs; errors are ``max|y - y64| / max|y64|`` over ``samples``
+    of the batch. seconds: what the second call took."""
 
     error: float
     torch_error: float
     limit: float
+    samples: int
+    seconds: float
 
     @property
     def passed(self) -> bool:
         return self.error <= self.limit
 
 
-def verify(runner: Runner, model: nn.Module, inputs: tuple[Tensor, ...]) -> Checked:
-    """The worst of the inputs, by ``prunekern.lower.tolerance``: twice eager's own error plus its floor."""
-    exact = copy.deepcopy(model).double()
-    found = []
-    for x in inputs:
-        with torch.inference_mode():
-            ours, own, y64 = runner.read(runner.bind(x)()).clone(), model(x), exact(x.double())
-        torch_error = error(own, y64)
-        found.append(Checked(error(ours, y64), torch_error, limit(torch_error, own.dtype)))
-    return max(found, key=lambda checked: checked.error / checked.limit)
+WORK = 16e9         # multiply-accumulates that one verification does in fp64 (but two samples always)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a network gives for some samples of each input: in fp64, and how far eager is from that in each precision.
+
+    picked: which samples of a batch, the first and the last among them. Contenders run the whole batch; that samples
+    do not depend on each other (no network in eval mode makes them) lets eager, in fp64, run these alone.
+    """
+
+    inputs: tuple[Tensor, ...]
+    picked: Tensor
+    exact: tuple[Tensor, ...]
+    torch_errors: dict[str, tuple[float, ...]]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: nn.Module, inputs: tuple[Tensor, ...], macs: int,
+           precisions: Sequence[str] = ("fp32",)) -> Truth:
+        """macs: of the network, for one sample."""
+        batch = len(inputs[0])
+        count = min(batch, max(2, int(WORK / max(1, macs))))
+        picked = torch.linspace(0, batch - 1, count).round().long()
+        some = [x[picked.to(x.device)] for x in inputs]
+        wide = copy.deepcopy(model).double()
+        exact = tuple(wide(x.double()) for x in some)
+        errors = {}
+        for precision in precisions:
+            narrow = copy.deepcopy(model).to(DTYPES[precision])
+            errors[precision] = tuple(error(narrow(x.to(DTYPES[precision])), y64)
+                                      for x, y64 in zip(some, exact, strict=True))
+        return cls(inputs, picked, exact, errors)
+
+    @torch.inference_mode()
+    def hold(self, runner: Runner, precision: str = "fp32") -> Checked:
+        """The worst of the inputs, by ``prunekern.lower.tolerance``: eager's own error in that precision, some times
+        over, and a floor."""
+        found = []
+        for x, y64, own in zip(self.inputs, self.exact, self.torch_errors[precision], strict=True):
+            call = runner.bind(x)
+            start = time.perf_counter()
+            result = runner.read(call())
+            if result.is_cuda:
+                torch.cuda.synchronize(result.device)
+            seconds = time.perf_counter() - start
+            whole = len(result) == len(x)
+            ours = result[self.picked.to(result.device)] if whole else result       # else: wrong, and error() says so
+            found.append((error(ours, y64), own, seconds))
+        held = [Checked(e, own, limit(own, DTYPES[precision]), len(self.picked), found[-1][2]) for e, own, _ in found]
+        return max(held, key=lambda checked: checked.error / checked.limit)
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------
@@ -103,7 +148,9 @@ def _compiled(mode: str | None = None, **config: Any) -> Callable[[nn.Module, Te
         compiled = torch.compile(call, dynamic=False, mode=mode)
         try:
             # Set globally, since the tracer has to see it too: as `options` of torch.compile, freezing does nothing.
-            with inductor.patch(**config), time_limit(setting.compile_limit), torch.inference_mode(), quiet():
+            # The number of threads is compiled in, and must be part of what a cached result is found by.
+            with (inductor.patch({"cpp.threads": setting.threads, **config}), time_limit(setting.compile_limit),
+                  torch.inference_mode(), quiet()):
                 for _ in range(3):                      # CUDA-graph modes record on the second call
                     compiled(x)
         except OutOfTime:
@@ -133,16 +180,19 @@ def _cuda_graph(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
     return Runner(bind)
 
 
-def _lowered(backend: Backend) -> Contender:
+def _lowered(backend: Backend, precision: str = "fp32", **options: Any) -> Contender:
+    """options: of ``lower``, for a precision that has to be asked for."""
     def make(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
-        lowered = lower(model, x, backend=backend.name)
+        lowered = lower(model, x, backend=backend.name, verify=False, **options)       # held to fp64 by Truth, as all
         return Runner(lambda x: lambda: lowered(x))
 
     def unavailable(setting: Setting) -> str | None:
         if setting.device.type not in backend.devices:
             return f"it does not run on {setting.device.type}"
         return backend.unavailable()
-    return Contender(f"lowered, {backend.name}", make, unavailable)
+    suffix = "" if precision == "fp32" else f" {precision}"
+    return Contender(backend.name + suffix.replace(" ", "-"), f"lowered, {backend.name}{suffix}", make, unavailable,
+                     precision, ours=True)
 
 
 # ---- others ----------------------------------------------------------------------------------------------------
@@ -155,10 +205,11 @@ def _needs(*modules: str) -> Callable[[Setting], str | None]:
     return unavailable
 
 
-def to_onnx(model: nn.Module, x: Tensor) -> bytes:
-    """The network in ONNX with the shapes of ``x`` fixed, which is what the runtimes optimise best."""
+@lru_cache(maxsize=3)
+def to_onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
+    """The network in ONNX for inputs of this very shape, which is what the runtimes optimise best."""
     with quiet():
-        program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+        program = torch.onnx.export(model, (torch.zeros(shape),), dynamo=True, verbose=False)
     assert program is not None
     return program.model_proto.SerializeToString()
 
@@ -169,14 +220,14 @@ def _onnxruntime(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
     options.intra_op_num_threads, options.inter_op_num_threads = setting.threads, 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    session = ort.InferenceSession(to_onnx(model, x), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(to_onnx(model, tuple(x.shape)), options, providers=["CPUExecutionProvider"])
     source, target = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     def bind(x: Tensor) -> Call:
         binding = session.io_binding()                 # measured faster than session.run with arrays
         given = x.contiguous().numpy()
         binding.bind_cpu_input(source, given)
-        result = torch.empty_like(model(x))
+        result = torch.empty([size if isinstance(size, int) else len(x) for size in session.get_outputs()[0].shape])
         binding.bind_output(target, "cpu", 0, "float32", tuple(result.shape), result.data_ptr())
 
         def call(held: Any = given) -> Tensor:        # the binding has the address only
@@ -186,14 +237,15 @@ def _onnxruntime(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
     return Runner(bind)
 
 
-def _openvino(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
+def _openvino(model: nn.Module, x: Tensor, setting: Setting, precision: str = "f32") -> Runner:
     import openvino as ov
     core = ov.Core()
-    compiled = core.compile_model(core.read_model(to_onnx(model, x)), "CPU", {
-        "INFERENCE_PRECISION_HINT": "f32",             # the default is bf16 where the CPU has it
-        "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": setting.threads,
-        "ENABLE_HYPER_THREADING": True,                # else it may use fewer threads than it was given
-        "ENABLE_CPU_PINNING": False})                  # pinned, it waits for whatever else runs on its core
+    with own_signal_stack():
+        compiled = core.compile_model(core.read_model(to_onnx(model, tuple(x.shape))), "CPU", {
+            "INFERENCE_PRECISION_HINT": precision,         # the default is bf16 where the CPU has it
+            "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": setting.threads,
+            "ENABLE_HYPER_THREADING": True,                # else it may use fewer threads than it was given
+            "ENABLE_CPU_PINNING": False})                  # pinned, it waits for whatever else runs on its core
     request = compiled.create_infer_request()
 
     def bind(x: Tensor) -> Call:
@@ -207,60 +259,38 @@ def _openvino(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
     return Runner(bind, lambda array: torch.from_numpy(array.copy()))
 
 
-def contenders(setting: Setting, compile: bool = True) -> tuple[Contender, ...]:
-    """Who takes part on a device; eager comes first and is what ratios refer to."""
-    ours = [_lowered(backend) for backend in BACKENDS]
-    if setting.device.type == "cuda":
-        compilers = [Contender(f"torch.compile, {mode}", _compiled(mode))
-                     for mode in ("reduce-overhead", "max-autotune")]
-        return (Contender("eager", _eager), Contender("channels_last", _channels_last),
-                Contender("eager, CUDA graph", _cuda_graph), *(compilers if compile else ()), *ours)
-    compilers = [Contender("torch.compile, freezing", _compiled(freezing=True))]
-    return (Contender("eager", _eager), Contender("channels_last", _channels_last), *(compilers if compile else ()),
-            Contender("ONNX Runtime", _onnxruntime, _needs("onnx", "onnxscript", "onnxruntime")),
-            Contender("OpenVINO f32", _openvino, _needs("onnx", "onnxscript", "openvino")), *ours)
+def _openvino_bf16(setting: Setting) -> str | None:
+    missing = _needs("onnx", "onnxscript", "openvino")(setting)
+    if missing is not None:
+        return missing
+    import openvino as ov
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return "this CPU has no bf16 instructions"
+    return None
 
 
-# ---- order and quiet ------------------------------------------------------------------------------------------
+PEERS = {
+    "cpu": (Contender("eager", "eager", _eager), Contender("channels_last", "channels_last", _channels_last),
+            Contender("compile", "torch.compile, freezing", _compiled(freezing=True)),
+            Contender("onnxruntime", "ONNX Runtime", _onnxruntime, _needs("onnx", "onnxscript", "onnxruntime")),
+            Contender("openvino", "OpenVINO f32", _openvino, _needs("onnx", "onnxscript", "openvino")),
+            Contender("openvino-bf16", "OpenVINO bf16", partial(_openvino, precision="bf16"), _openvino_bf16, "bf16")),
+    "cuda": (Contender("eager", "eager", _eager), Contender("channels_last", "channels_last", _channels_last),
+             Contender("cuda-graph", "eager, CUDA graph", _cuda_graph),
+             Contender("compile", "torch.compile, reduce-overhead", _compiled("reduce-overhead")),
+             Contender("compile", "torch.compile, max-autotune", _compiled("max-autotune"))),
+}
 
 
-class OutOfTime(BaseException):
-    """Not an Exception, so that no compiler takes it for a bug of its own and carries on."""
+def contenders(setting: Setting, peers: Sequence[str] | None = None, backends: Sequence[str] | None = None,
+               ) -> tuple[Contender, ...]:
+    """Who takes part on a device.
 
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the main thread at its next Python instruction after so many seconds.
-
-    The signal is simulated: OpenVINO leaves an alternative signal stack behind that is gone once its network is,
-    and delivering a real one then ends the process.
+    peers: keys of PEERS, None for all; eager is always there, first, and is what ratios in print refer to.
+    backends: this library's, by name; None for the best that runs on the device.
     """
-    number = getattr(signal, "SIGALRM", signal.SIGINT)
-    timer = threading.Timer(seconds, _thread.interrupt_main, (number,))
-    timer.daemon = True
-
-    def stop(number: int, frame: types.FrameType | None) -> None:
-        raise OutOfTime
-    before = signal.signal(number, stop)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        signal.signal(number, before)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress lines and warnings of exporters and compilers; what they raise still shows."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch._inductor", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    taking = [peer for peer in PEERS[setting.device.type] if peers is None or peer.key in ("eager", *peers)]
+    ours = [_lowered(backend) for backend in BACKENDS]
+    if backends is None:
+        return (*taking, *[contender for contender in ours if contender.unavailable(setting) is None][:1])
+    return (*taking, *[contender for contender in ours if contender.key in backends])

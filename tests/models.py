@@ -366,6 +366,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "fashion": Architecture(FashionNet, (1, 28, 28), 81_990),
     "lenet": Architecture(LeNet, (1, 28, 28), 61_706),
     "mlp": Architecture(MLP, (1, 28, 28), 33_450),
+    "mlp1024": Architecture(lambda: MLP((784, 1024, 1024, 10)), (1, 28, 28), 1_863_690),
     "vgg16": Architecture(VGG, (3, 224, 224), 138_357_544),
     "vgg16_cifar": Architecture(CifarVGG, (3, 32, 32), 14_728_266),
     "resnet18": Architecture(lambda: ResNet(BasicBlock, (2, 2, 2, 2)), (3, 224, 224), 11_689_512),

@@ -21,6 +21,7 @@ from prunekern.errors import InputError
 Call = Callable[[], object]
 QUANTILES = (0.2, 0.5, 0.8)
 SAMPLE = 2e-3           # seconds that a sample lasts at least: far above the clock's resolution and a device's sync
+LONG = 0.25             # seconds of a call beside which refilling the caches (some ms) does not show
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def measure(contenders: Mapping[str, Call], *, seconds: float = 2.0, warmup: flo
     clock: seconds, monotonic.
 
     A sample is as many calls as last ``SAMPLE`` seconds, after one untimed call that brings the contender's own
-    data back into the caches: the figures are those of a network that is called again and again.
+    data back into the caches (none before calls of more than ``LONG`` seconds): the figures are those of a network
+    that is called again and again.
 
     Raises InputError where there is nothing to measure; what a contender raises, with its name noted.
     """
@@ -61,13 +63,13 @@ def measure(contenders: Mapping[str, Call], *, seconds: float = 2.0, warmup: flo
     timers = [_Timer(name, call, synchronise or _nothing, clock) for name, call in contenders.items()]
     times: list[list[float]] = [[] for _ in names]
     with torch.inference_mode(), _without_collections():
-        inner = [timer.calibrate(warmup) for timer in timers]
+        calls = [timer.calibrate(warmup) for timer in timers]
         start, done = clock(), 0
         while done < min_rounds or clock() - start < seconds * len(names):
             for index in order(len(names), done):
-                times[index].append(timers[index].sample(inner[index]))
+                times[index].append(timers[index].sample(*calls[index]))
             done += 1
-    return tuple(_row(*each) for each in zip(names, times, inner, strict=True))
+    return tuple(_row(name, each, inner) for name, each, (inner, _) in zip(names, times, calls, strict=True))
 
 
 def order(count: int, done: int) -> Sequence[int]:
@@ -123,18 +125,19 @@ class _Timer:
             error.add_note(f"raised by the contender {self.name!r} while it was timed")
             raise
 
-    def sample(self, calls: int) -> float:
-        """Seconds a call."""
-        self.call()
+    def sample(self, calls: int, refill: bool) -> float:
+        """Seconds a call; ``refill``: after an untimed one."""
+        if refill:
+            self.call()
         return self.run(calls) / calls
 
-    def calibrate(self, warmup: float) -> int:
-        """Warm up, and find how many calls make a sample."""
+    def calibrate(self, warmup: float) -> tuple[int, bool]:
+        """Warm up, and find how many calls make a sample, and whether an untimed one goes before."""
         start, calls, best, runs = self.clock(), 1, math.inf, 0
         while runs < 2 or self.clock() - start < warmup:
             best = min(best, self.run(calls) / calls)
             calls, runs = (calls * 2 if best * calls < SAMPLE else calls), runs + 1
-        return max(1, math.ceil(SAMPLE / best)) if best > 0 else calls
+        return (max(1, math.ceil(SAMPLE / best)) if best > 0 else calls), best <= LONG
 
 
 def _row(name: str, times: Sequence[float], inner: int) -> Row:

@@ -8,26 +8,28 @@ machine.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-SIZES = (1 << 15, 1 << 18, 1 << 21, 1 << 26)       # bytes that a copy touches: L1, L2, L3, memory
+SIZES = (3 << 13, 3 << 18, 1 << 24, 1 << 27)        # bytes that are touched: L1, L2, L3, memory
 REPEATS = 20
 
 
 @dataclass(frozen=True)
 class Roof:
-    """Measured, not quoted: multiply-accumulates a second of torch's own GEMM, bytes a second of its copy.
+    """Measured, not quoted: multiply-accumulates and bytes a second.
 
-    bandwidth: (bytes touched, bytes a second), smallest first.
+    bandwidth: (bytes touched, bytes a second), smallest first. how: what was measured.
     """
 
     macs: float
     bandwidth: tuple[tuple[int, float], ...]
+    how: str = "torch's GEMM and copy"
 
     def seconds(self, macs: int, bytes_moved: int) -> float:
         """The least time for this much work."""
@@ -38,21 +40,33 @@ class Roof:
         return f"roof {self.macs / 1e9:.0f} GMAC/s, {self.bandwidth[-1][1] / 1e9:.0f} GB/s from memory"
 
 
-def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """The roof of a device with the present number of threads; measured once (a fraction of a second)."""
-    return _measure(str(device), dtype, torch.get_num_threads())
+def measure_roof(device: torch.device, dtype: torch.dtype, threads: int | None = None) -> Roof:
+    """The roof of a device with so many threads (None: the present number); measured once (a fraction of a second).
+
+    In fp32 on a CPU by the native engine's own loops, where that is built: multiply-adds on registers, and reads. Else
+    by the fastest GEMM of torch that is found, and copies; such a roof is too low where torch is.
+    """
+    return _measure(str(device), dtype, threads or torch.get_num_threads())
 
 
 @lru_cache
 def _measure(device: str, dtype: torch.dtype, threads: int) -> Roof:
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
-    size = 4096 if device.startswith("cuda") else 512
-    with torch.inference_mode():
-        left, right = torch.randn(2, size, size, device=device).to(dtype)
-        out = torch.empty_like(left)
-        gemm = _best(lambda: torch.mm(left, right, out=out), wait)
+    with torch.inference_mode(), _threads(threads):
+        gemm = max(macs / _best(call, wait) for call, macs in _gemms(device, dtype))
         bandwidth = tuple((count, _copy_speed(count, device, dtype, wait)) for count in SIZES)
-    return Roof(size ** 3 / gemm, bandwidth)
+    return Roof(gemm, bandwidth)
+
+
+def _gemms(device: str, dtype: torch.dtype) -> Iterator[tuple[Callable[[], Any], int]]:
+    """Matrix products by torch's BLAS and by its convolutions' library; multiply-accumulates of each."""
+    m, k, n = (4096, 4096, 4096) if device.startswith("cuda") else (512, 512, 512)
+    left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+    yield partial(torch.mm, left, right, out=torch.empty(m, n, device=device, dtype=dtype)), m * k * n
+    if device == "cpu":
+        x = torch.randn(1, 64, 56, 56).to(dtype, memory_format=torch.channels_last)
+        weight = torch.randn(64, 64, 3, 3).to(dtype, memory_format=torch.channels_last)
+        yield partial(torch.conv2d, x, weight, padding=1), 56 * 56 * 64 * 64 * 9
 
 
 def _copy_speed(count: int, device: str, dtype: torch.dtype, wait: Callable[[], Any]) -> float:
@@ -70,3 +84,13 @@ def _best(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
         wait()
         best = min(best, time.perf_counter() - start)
     return best
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
