@@ -32,7 +32,7 @@ struct Axes {
   PK_INLINE void add(int64_t n, const int64_t* strides) {
     if (n == 1) return;
     int at = count++;
-    for (; at > 0 && before(strides, stride[at - 1]); --at) move(at - 1, at);
+    for (; at > 0 && before(strides, stride[at - 1]); --at) copy(*this, at - 1, at);
     size[at] = n;
     for (int k = 0; k < K; ++k) stride[at][k] = strides[k];
   }
@@ -43,7 +43,7 @@ struct Axes {
       bool joins = true;
       for (int k = 0; k < K; ++k) joins = joins && stride[i][k] == stride[kept][k] * size[kept];
       if (joins) size[kept] *= size[i];
-      else move(i, ++kept);
+      else copy(*this, i, ++kept);
     }
     if (count > 0) count = kept + 1;
   }
@@ -52,6 +52,13 @@ struct Axes {
     int64_t n = 1;
     for (int i = 0; i < count; ++i) n *= size[i];
     return n;
+  }
+
+  PK_INLINE void swap(int a, int b) {
+    Axes held;
+    held.copy(*this, a, 0);
+    copy(*this, b, a);
+    copy(held, 0, b);
   }
 
   // Offsets of every operand at the flat index i over axes [from, count).
@@ -69,20 +76,22 @@ struct Axes {
     for (int k = 0; k < K; ++k) if (a[k] != b[k]) return a[k] < b[k];
     return false;
   }
-  PK_INLINE void move(int from, int to) {
-    size[to] = size[from];
-    for (int k = 0; k < K; ++k) stride[to][k] = stride[from][k];
+  PK_INLINE void copy(const Axes& other, int from, int to) {
+    size[to] = other.size[from];
+    for (int k = 0; k < K; ++k) stride[to][k] = other.stride[from][k];
   }
 };
 
 // The same cut into blocks of about 4096 elements: `rows` of n elements along the two innermost axes.
 template <int K>
 struct Blocks {
+  static constexpr int64_t kBlock = 4096;
   Axes<K> axes;
   int64_t n = 1, rows = 1, step[K] = {}, row_step[K] = {};   // of the two innermost axes
   int64_t block_n = 1, block_rows = 1, across = 1, down = 1, units = 1, elements = 1;
 
-  PK_INLINE void cut() {
+  // longest: elements of the innermost axis in one block.
+  PK_INLINE void cut(int64_t longest = kBlock) {
     axes.merge();
     elements = axes.total();
     if (axes.count > 0) n = axes.size[0];
@@ -91,8 +100,7 @@ struct Blocks {
       step[k] = axes.count > 0 ? axes.stride[0][k] : 0;
       row_step[k] = axes.count > 1 ? axes.stride[1][k] : 0;
     }
-    constexpr int64_t kBlock = 4096;
-    block_n = n < kBlock ? n : kBlock;
+    block_n = n < longest ? n : longest;
     block_rows = block_n > 0 && kBlock / block_n < rows ? kBlock / block_n : rows;
     across = elements == 0 ? 0 : (n + block_n - 1) / block_n;
     down = elements == 0 ? 0 : (rows + block_rows - 1) / block_rows;

@@ -1,0 +1,214 @@
+// copy: any strided view to any other of the same sizes (imports, exports, layout changes, slices, permutes).
+// halo: zeros around the interior of a padded buffer.
+#include "../strided.h"
+
+namespace pk {
+namespace PK_ISA {
+namespace {
+
+enum { kY, kX };
+
+PK_INLINE void copy_row(const float* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
+  if (i < n) store(y + i, load(x + i, first(n - i)), first(n - i));
+}
+
+// y[j * to + i] = x[i * from + j] for a square of kLanes, in registers: at every stage the rows i and i + s exchange
+// blocks of s columns.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+PK_INLINE void transpose(vec (&r)[16]) {
+  vec t[16];
+  for (int i = 0; i < 16; i += 4) {  // squares of 4 within every quarter of a register
+    const vec a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    const vec c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {      // and the quarters themselves
+    const vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+    const vec c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+    r[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+PK_INLINE void transpose(vec (&r)[8]) {
+  vec t[8];
+  for (int i = 0; i < 8; i += 4) {
+    const vec a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    const vec c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44);
+    t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+}
+#else
+PK_INLINE void transpose(vec (&r)[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float t = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = t;
+    }
+}
+#endif
+
+// y[j * to + i] = x[i * from + j] for i < rows, j < columns.
+void transpose_block(const float* x, int64_t from, float* y, int64_t to, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t high = rows - i < kLanes ? rows - i : kLanes, wide = columns - j < kLanes ? columns - j : kLanes;
+      vec r[kLanes];
+      if (high == kLanes && wide == kLanes) {
+        for (int k = 0; k < kLanes; ++k) r[k] = load(x + (i + k) * from + j);
+        transpose(r);
+        for (int k = 0; k < kLanes; ++k) store(y + (j + k) * to + i, r[k]);
+      } else {
+        const lanemask in = first(wide), out = first(high);
+        for (int k = 0; k < kLanes; ++k) r[k] = k < high ? load(x + (i + k) * from + j, in) : zero();
+        transpose(r);
+        for (int k = 0; k < kLanes; ++k) if (k < wide) store(y + (j + k) * to + i, r[k], out);
+      }
+    }
+}
+
+// The same for a few rows that end up next to each other (RGB to channels-last): the compiler interleaves them.
+template <int rows>
+void interleave(const float* x, int64_t from, float* y, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j)
+    for (int i = 0; i < rows; ++i) y[j * rows + i] = x[i * from + j];
+}
+
+// ... and for a few columns that lie next to each other (channels-last to planar).
+template <int columns>
+void take_apart(const float* x, float* y, int64_t to, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) y[j * to + i] = x[i * columns + j];
+}
+
+struct Copy : Op {
+  explicit Copy(const Fields& f) : x(f.view("x")), y(f.view("y")) {
+    add_views(&blocks.axes, {&y, &x});
+    blocks.axes.merge();
+    bring_in_transpose();
+    const Axes<2>& a = blocks.axes;
+    rows = a.count > 0 && a.stride[0][kY] == 1 && a.stride[0][kX] == 1;
+    transposed = !rows && a.count > 1 && a.stride[0][kY] == 1 && a.stride[1][kX] == 1;
+    blocks.cut(transposed ? 256 : Blocks<2>::kBlock);
+    tasks = pieces(blocks.units, blocks.elements, f.threads());
+  }
+
+  // Where x is contiguous along another axis than y is, that axis becomes the second, so that blocks are transposes.
+  void bring_in_transpose() {
+    Axes<2>& a = blocks.axes;
+    if (a.count < 3 || a.stride[0][kY] != 1 || a.stride[0][kX] == 1) return;
+    for (int i = 2; i < a.count; ++i)
+      if (a.stride[i][kX] == 1) a.swap(1, i);
+  }
+
+  void run(const Run& run, int64_t begin, int64_t end) const override {
+    const float* from = x.at(run);
+    float* to = y.at(run);
+    blocks.each(Range(blocks.units, tasks, begin, end), [&](const int64_t* at, int64_t m, int64_t n) {
+      block(from + at[kX], to + at[kY], m, n);
+    });
+  }
+
+  void block(const float* from, float* to, int64_t m, int64_t n) const {
+    const int64_t *s = blocks.step, *r = blocks.row_step;
+    if (rows) {
+      for (int64_t j = 0; j < m; ++j) copy_row(from + j * r[kX], to + j * r[kY], n);
+    } else if (transposed) {
+      if (n == 2 && r[kY] == 2) interleave<2>(from, s[kX], to, m);
+      else if (n == 3 && r[kY] == 3) interleave<3>(from, s[kX], to, m);
+      else if (n == 4 && r[kY] == 4) interleave<4>(from, s[kX], to, m);
+      else if (m == 2 && s[kX] == 2) take_apart<2>(from, to, r[kY], n);
+      else if (m == 3 && s[kX] == 3) take_apart<3>(from, to, r[kY], n);
+      else if (m == 4 && s[kX] == 4) take_apart<4>(from, to, r[kY], n);
+      else transpose_block(from, s[kX], to, r[kY], n, m);
+    } else {
+      for (int64_t j = 0; j < m; ++j)
+        for (int64_t i = 0; i < n; ++i) to[j * r[kY] + i * s[kY]] = from[j * r[kX] + i * s[kX]];
+    }
+  }
+
+  View x, y;
+  Blocks<2> blocks;
+  bool rows, transposed;
+};
+
+struct Halo : Op {
+  explicit Halo(const Fields& f) : y(f.view("y")) {
+    int64_t low[3], high[3], from[3], to[3];
+    f.copy("low", 3, low);
+    f.copy("high", 3, high);
+    for (int a = 0; a < 3; ++a) {
+      from[a] = -low[a];
+      to[a] = y.size[kD + a] + high[a];
+    }
+    for (int a = 0; a < 3; ++a) {  // both ends of an axis, over all of the later ones and the interior of earlier ones
+      const int64_t begin = from[a], end = to[a];
+      from[a] = begin, to[a] = 0;
+      box(from, to);
+      from[a] = y.size[kD + a], to[a] = end;
+      box(from, to);
+      from[a] = 0, to[a] = y.size[kD + a];
+    }
+  }
+
+  void box(const int64_t* from, const int64_t* to) {
+    Blocks<1>& b = boxes[count];
+    int64_t start = 0;
+    for (int a = 0; a < 3; ++a) {
+      start += from[a] * y.stride[kD + a];
+      b.axes.add(to[a] - from[a], &y.stride[kD + a]);
+    }
+    b.axes.add(y.size[kN], &y.stride[kN]);
+    b.axes.add(y.size[kC], &y.stride[kC]);
+    b.cut();
+    if (b.elements > 0) starts[count++] = start;
+    else b = Blocks<1>();
+  }
+
+  void run(const Run& run, int64_t, int64_t) const override {
+    for (int i = 0; i < count; ++i) {
+      const Blocks<1>& b = boxes[i];
+      float* to = y.at(run) + starts[i];
+      b.each(Range(b.units, 1, 0, 1), [&](const int64_t* at, int64_t m, int64_t n) {
+        for (int64_t j = 0; j < m; ++j) fill(to + *at + j * b.row_step[0], b.step[0], n);
+      });
+    }
+  }
+
+  static PK_INLINE void fill(float* to, int64_t step, int64_t n) {
+    int64_t i = 0;
+    if (step == 1) for (; i + kLanes <= n; i += kLanes) store(to + i, zero());
+    for (; i < n; ++i) to[i * step] = 0;
+  }
+
+  View y;
+  Blocks<1> boxes[6];
+  int64_t starts[6];
+  int count = 0;
+};
+
+}  // namespace
+
+// Fields: x, y.
+Op* make_copy(const Fields& f) { return new Copy(f); }
+
+// Zeros around the interior y. Fields: y, low, high: how far it reaches along d, h, w.
+Op* make_halo(const Fields& f) { return new Halo(f); }
+
+}  // namespace PK_ISA
+}  // namespace pk
