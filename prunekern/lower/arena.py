@@ -6,7 +6,7 @@ Source: greedy by size, Y. Pisarchyk, J. Lee, "Efficient Memory Management for D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prunekern.core.program import Program, Slot, Step
@@ -63,6 +63,16 @@ def lifetimes(program: Program, views: Callable[[Step], bool]) -> dict[str, tupl
     return {name: (first[name], last[name]) for name in first}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A stretch to be placed: bytes, and the first and last moment at which it is in use."""
+
+    name: str
+    size: int
+    first: int
+    last: int
+
+
 def plan(program: Program, size: Callable[[Slot], int], views: Callable[[Step], bool]) -> Arena:
     """Offsets for every slot with a size above 0.
 
@@ -70,15 +80,16 @@ def plan(program: Program, size: Callable[[Slot], int], views: Callable[[Step], 
     views: see ``lifetimes``.
     """
     alive = lifetimes(program, views)
-    wanted = []
-    for step in program.steps:
-        for slot in step.outputs:
-            count = -(-size(slot) // ALIGNMENT) * ALIGNMENT
-            if count:
-                wanted.append((count, slot.name))
+    return pack([Wanted(slot.name, size(slot), *alive[slot.name]) for step in program.steps for slot in step.outputs])
+
+
+def pack(wanted: Sequence[Wanted]) -> Arena:
+    """Offsets for every stretch with a size above 0, so that what is in use at one moment shares no byte."""
     placed: dict[str, Buffer] = {}
-    for count, name in sorted(wanted, key=lambda item: (-item[0], alive[item[1]], item[1])):
-        placed[name] = _lowest(name, count, alive[name], placed)
+    for item in sorted(wanted, key=lambda w: (-w.size, w.first, w.last, w.name)):
+        count = -(-item.size // ALIGNMENT) * ALIGNMENT
+        if count:
+            placed[item.name] = _lowest(item.name, count, (item.first, item.last), placed)
     total = max((b.offset + b.size for b in placed.values()), default=0)
     return Arena(placed, total, sum(b.size for b in placed.values()))
 

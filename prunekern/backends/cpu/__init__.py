@@ -1,0 +1,48 @@
+"""The `cpu` backend: a whole Program in one native call of the C++ engine (csrc/cpu/)."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from prunekern.backends.base import Placement, Signature
+from prunekern.backends.cpu.builder import Compiler, Key, Settings
+from prunekern.backends.cpu.convs import Conv, ConvTranspose, Linear
+from prunekern.backends.cpu.moves import Cat, Constant, Move
+from prunekern.backends.cpu.native import isa
+from prunekern.backends.cpu.placement import CpuPlacement
+from prunekern.core.program import Program
+from prunekern.kernels import unavailable
+
+COMPILERS: dict[str, Compiler] = {"conv": Conv(), "conv_transpose": ConvTranspose(), "linear": Linear(),
+                                  "move": Move(), "cat": Cat(), "constant": Constant()}
+
+
+class CpuBackend:
+    """See ``backends.base.Backend``."""
+
+    name = "cpu"
+    devices = ("cpu",)
+
+    def __init__(self) -> None:
+        self._packs: dict[int, dict[Key, Tensor]] = {}
+
+    def unavailable(self) -> str | None:
+        return unavailable()
+
+    def place(self, program: Program, signature: Signature) -> Placement:
+        settings = Settings(isa(), torch.get_num_threads())
+        return CpuPlacement(program, signature, settings, COMPILERS, self._packs_of(program))
+
+    def _packs_of(self, program: Program) -> dict[Key, Tensor]:
+        """Packed weights are shared by all placements of a Program, and go with it."""
+        key = id(program)
+        if key not in self._packs:
+            self._packs[key] = {}
+            weakref.finalize(program, self._packs.pop, key, None)
+        return self._packs[key]
+
+
+__all__ = ["CpuBackend", "CpuPlacement"]

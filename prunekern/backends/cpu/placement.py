@@ -1,0 +1,213 @@
+"""A Program laid out for the engine: native stretches, and reference steps between them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prunekern.backends.base import Observe, Placement, Signature
+from prunekern.backends.cpu.builder import Builder, Compiler, Foreign, Key, Settings
+from prunekern.backends.cpu.native import NativeOp, Network, Recipe
+from prunekern.backends.reference import ReferenceBackend
+from prunekern.core.program import Program, Slot, Step
+from prunekern.lower.arena import Arena
+
+SMALL = 768 << 10      # bytes: below, memory is not reused, and halos are written once
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Native ops [begin, end)."""
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Steps on the reference backend: it reads and writes values by slot."""
+
+    placement: Placement
+    reads: tuple[Slot, ...]
+    writes: tuple[Slot, ...]
+
+
+class CpuPlacement:
+    """See ``backends.base.Placement``. Any number of threads may run it at a time, each in an arena of its own.
+
+    slices: how many slices of the batch ``program`` is built for one of.
+    """
+
+    def __init__(self, program: Program, signature: Signature, settings: Settings,
+                 compilers: Mapping[str, Compiler], packs: dict[Key, Tensor], slices: int = 1) -> None:
+        self.program, self.signature, self.settings, self.slices = program, signature, settings, slices
+        each = signature.batch // slices
+        self.builder = builder = Builder(program, each, settings, compilers, packs)
+        with torch.no_grad():
+            builder.build()
+        self.algorithms: Mapping[str, str] = builder.algorithms
+        self.arena: Arena = builder.arena(reuse=False)
+        reuse = self.arena.size > SMALL
+        if reuse:
+            self.arena = builder.arena(reuse=True)
+        self._lay_out(builder.ops(skip_halos=not reuse))
+        self._free: list[Tensor] = []
+        self._lock = threading.Lock()
+        self._shapes = [slot.at(signature.batch) for slot in program.output_slots]
+        self._constants = [tensor.data_ptr() for tensor in builder.constants]
+        self.plain = len(self.items) == 1 and isinstance(self.items[0], Stretch)
+
+    def _lay_out(self, items: Sequence[NativeOp | Foreign | None]) -> None:
+        ops: list[NativeOp] = []
+        self.items: list[Stretch | Aside] = []
+        self._at: list[int] = []                    # item of the builder -> ops before it
+        for item in items:
+            self._at.append(len(ops))
+            if isinstance(item, NativeOp):
+                last = self.items[-1] if self.items else None
+                if isinstance(last, Stretch):
+                    self.items[-1] = Stretch(last.begin, len(ops) + 1)
+                else:
+                    self.items.append(Stretch(len(ops), len(ops) + 1))
+                ops.append(item)
+            elif isinstance(item, Foreign):
+                self.items.append(self._aside(item))
+        self._at.append(len(ops))
+        slots = (*self.program.input_slots, *self.program.output_slots)
+        per_slice = [slot.dtype.itemsize * torch.Size(slot.at(self.builder.batch)).numel() for slot in slots]
+        recipe = Recipe(self.settings.isa.name, self.settings.threads, self.arena.size, tuple(ops), self.slices,
+                        (*per_slice, *[0] * len(self.builder.constants)))
+        self.network = Network(recipe, [*self.builder.keep, *self.builder.constants])
+
+    def _aside(self, item: Foreign) -> Aside:
+        made = {slot.name for step in item.steps for slot in step.outputs}
+        later = {slot.name for step in self.program.steps if step not in item.steps for slot in step.reads}
+        wanted = later | {slot.name for slot in self.program.output_slots}
+        reads = tuple({slot.name: slot for step in item.steps for slot in step.reads if slot.name not in made}.values())
+        writes = tuple(slot for step in item.steps for slot in step.outputs if slot.name in wanted)
+        part = replace(self.program, inputs=reads, outputs=writes).with_steps(item.steps)
+        batch = self.builder.batch
+        signature = Signature(tuple(slot.at(batch) for slot in reads), batch, self.signature.device)
+        return Aside(ReferenceBackend().place(part, signature), reads, writes)
+
+    # ---- running -------------------------------------------------------------------------------------------------
+
+    def run(self, inputs: Sequence[Tensor], observe: Observe | None = None) -> list[Tensor]:
+        outputs = [torch.empty(shape, dtype=slot.dtype) for shape, slot in
+                   zip(self._shapes, self.program.output_slots, strict=True)]
+        self.run_into(inputs, outputs, observe)
+        return outputs
+
+    def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], observe: Observe | None = None) -> None:
+        """The same, into given contiguous tensors; nothing is allocated where all steps are native."""
+        inputs = [x.detach().contiguous() for x in inputs]
+        with torch.no_grad():
+            if observe is not None:
+                self._observed(inputs, outputs, observe)
+            elif self.plain:
+                self.network.run(self.network.handle, 0, self._at[-1], 0, *self._addresses(inputs, outputs))
+            else:
+                self._mixed(inputs, outputs)
+
+    def _addresses(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
+        return [*[x.data_ptr() for x in inputs], *[y.data_ptr() for y in outputs], *self._constants]
+
+    def _mixed(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        memory = self._acquire()
+        addresses = self._addresses(inputs, outputs)
+        values = self._values(inputs)
+        for item in self.items:
+            if isinstance(item, Stretch):
+                self.network.run(self.network.handle, item.begin, item.end, memory.data_ptr(), *addresses)
+            else:
+                self._run_aside(item, memory, values)
+        self._deliver(memory, values, outputs)
+        self._release(memory)
+
+    def _run_aside(self, aside: Aside, memory: Tensor, values: dict[str, Tensor], observe: Observe | None = None) -> None:
+        given = [self.value(slot, memory, values) for slot in aside.reads]
+        for slot, result in zip(aside.writes, aside.placement.run(given, observe), strict=True):
+            values[slot.name] = result
+            if slot.name in self.builder.places:
+                self.builder.places[slot.name].on(memory).copy_(result)
+
+    def _deliver(self, memory: Tensor, values: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
+        """Outputs that no native op writes."""
+        for slot, y in zip(self.program.output_slots, outputs, strict=True):
+            if slot.dtype != torch.float32 or slot.name not in self.builder.places:
+                y.copy_(values[slot.name])
+
+    def _values(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {slot.name: x for slot, x in zip(self.program.input_slots, inputs, strict=True)}
+
+    def value(self, slot: Slot, memory: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """A slot's value, in torch's order of axes."""
+        if slot.name in values:
+            return values[slot.name]
+        source = self.builder.flat.get(slot.name)
+        if source is not None:
+            return self.value(source, memory, values).reshape(slot.at(self.builder.batch))
+        place = self.builder.places[slot.name]
+        base, inputs = place.buffer.base, self.program.input_slots
+        if base == 0:
+            return place.on(memory)
+        numbered = [*inputs, *self.program.output_slots]
+        origin = values[numbered[base - 1].name] if base <= len(numbered) \
+            else self.builder.constants[base - 1 - len(numbered)]
+        return origin.as_strided(place.view.shape, place.view.stride(), place.offset // 4)
+
+    def _acquire(self) -> Tensor:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return torch.zeros(max(self.arena.size, 64), dtype=torch.uint8)
+
+    def _release(self, memory: Tensor) -> None:
+        with self._lock:
+            self._free.append(memory)
+
+    # ---- step by step --------------------------------------------------------------------------------------------
+
+    def _observed(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], observe: Observe) -> None:
+        seconds: dict[str, float] = {}
+        found: dict[str, list[tuple[Tensor, ...]]] = {}
+
+        def note(step: Step, values: tuple[Tensor, ...], time: float) -> None:
+            seconds[step.name] = seconds.get(step.name, 0.0) + time
+            found.setdefault(step.name, []).append(tuple(value.clone() for value in values))
+        for number in range(self.slices):
+            self._one_slice([x.chunk(self.slices)[number] if self.slices > 1 else x for x in inputs],
+                            [y.chunk(self.slices)[number] if self.slices > 1 else y for y in outputs], note)
+        for step in self.program.steps:
+            whole = tuple(torch.cat(parts) if self.slices > 1 and parts[0].dim() and slot.shape[0].scale else parts[0]
+                          for slot, parts in zip(step.outputs, zip(*found[step.name], strict=True), strict=True))
+            observe(step, whole, seconds[step.name])
+
+    def _one_slice(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], note: Observe) -> None:
+        memory, values = self._acquire(), self._values(inputs)
+        values.update({slot.name: y for slot, y in zip(self.program.output_slots, outputs, strict=True)
+                       if slot.name in self.builder.places})
+        addresses = self._addresses(inputs, outputs)
+        asides = iter([item for item in self.items if isinstance(item, Aside)])
+        done: set[str] = set()
+        for step in self.program.steps:
+            if step.name in done:
+                continue
+            if step.name in self.builder.foreign:
+                aside = next(asides)
+                self._run_aside(aside, memory, values, note)
+                done.update(inner.name for inner in aside.placement.program.steps)
+                continue
+            first, last = (self._at[item] for item in self.builder.spans[step.name])
+            start = time.perf_counter()
+            self.network.run(self.network.handle, first, last, memory.data_ptr(), *addresses)
+            note(step, tuple(self.value(slot, memory, values) for slot in step.outputs), time.perf_counter() - start)
+        self.network.run(self.network.handle, self._at[self.builder.spans[self.program.steps[-1].name][1]],
+                         self._at[-1], memory.data_ptr(), *addresses)
+        self._deliver(memory, values, outputs)
+        self._release(memory)
