@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -112,26 +112,22 @@ def device(name: str) -> torch.device:
 # ---- the command line ---------------------------------------------------------------------------------------------
 
 
-class _List(argparse.Action):
-    """Values separated by commas or spaces."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, tuple(item for group in values for item in group))
-
-
-def _comma(kind: type) -> Any:
+def comma_list(parser: argparse.ArgumentParser, names: str, kind: type, **options: Any) -> None:
+    """An option that takes values separated by commas or spaces, and gives a tuple."""
     def convert(text: str) -> list[Any]:
         return [kind(item) for item in text.split(",") if item]
+
+    class Flat(argparse.Action):
+        def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+            setattr(namespace, self.dest, tuple(item for group in values for item in group))
     convert.__name__ = f"list of {kind.__name__}"
-    return convert
+    parser.add_argument(*names.split(), type=convert, nargs="+", action=Flat, **options)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def several(name: str, kind: type, **options: Any) -> None:
-        parser.add_argument(*name.split(), type=_comma(kind), nargs="+", action=_List, **options)
     parser.add_argument("--device", choices=tuple(PEERS), default="cpu")
+    several = partial(comma_list, parser)
     several("--models", str, metavar="NAME", help=f"of {', '.join(MODELS)}; default: on a CPU those of the table of "
             "targets, else the small ones")
     several("--batches --batch", int, default=(1, 64), metavar="N")

@@ -8,7 +8,7 @@ machine.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,6 +18,8 @@ import torch
 
 SIZES = (3 << 13, 3 << 18, 1 << 24, 1 << 27)        # bytes that are touched: L1, L2, L3, memory
 REPEATS = 20
+CHAINS = 12         # multiply-adds of a round of the op fma_peak, each a register wide
+READ = 128          # floats that the op read_peak reads at least: eight of the largest registers
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,47 @@ def measure_roof(device: torch.device, dtype: torch.dtype, threads: int | None =
 
 @lru_cache
 def _measure(device: str, dtype: torch.dtype, threads: int) -> Roof:
+    if device == "cpu" and dtype == torch.float32:
+        from prunekern.backends.cpu import native
+        if native.instruction_sets():
+            return _native_roof(native.instruction_sets()[0], threads)
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     with torch.inference_mode(), _threads(threads):
         gemm = max(macs / _best(call, wait) for call, macs in _gemms(device, dtype))
         bandwidth = tuple((count, _copy_speed(count, device, dtype, wait)) for count in SIZES)
     return Roof(gemm, bandwidth)
+
+
+# ---- by the engine's own loops (csrc/cpu/kernels/roof.cpp) -------------------------------------------------------
+
+
+def _native_roof(isa: str, threads: int) -> Roof:
+    from prunekern.backends.cpu import native
+    tasks, rounds, sink = 16 * threads, 4096, torch.empty(16 * threads)
+    peak = _native_run(isa, threads, "fma_peak", {"tasks": tasks, "rounds": rounds, "sink": sink.data_ptr()}, sink)
+    macs = tasks * rounds * CHAINS * int(native.extension().lanes(isa))
+    return Roof(macs / peak, tuple((size, _read_speed(isa, threads, size)) for size in SIZES),
+                f"multiply-adds on registers, {isa}")
+
+
+def _read_speed(isa: str, threads: int, size: int) -> float:
+    """Bytes a second; each thread reads a part of its own, over and over."""
+    count = size // 4 // threads // READ * READ         # floats
+    rounds = max(1, (1 << 20) // count)
+    source, sink = torch.ones(threads * count), torch.empty(threads)
+    seconds = _native_run(isa, threads, "read_peak", {
+        "tasks": threads, "rounds": rounds, "count": count, "from": source.data_ptr(), "sink": sink.data_ptr()}, sink)
+    return 4 * threads * count * rounds / seconds
+
+
+def _native_run(isa: str, threads: int, op: str, fields: Mapping[str, int], sink: torch.Tensor) -> float:
+    """The least seconds of a network of this op."""
+    from prunekern.backends.cpu import native
+    network = native.Network(native.Recipe(isa, threads, 0, (native.NativeOp(op, op, fields),)), (sink,))
+    return _best(lambda: network.run(network.handle, 0, 1, 0), lambda: None)
+
+
+# ---- by torch ------------------------------------------------------------------------------------------------------
 
 
 def _gemms(device: str, dtype: torch.dtype) -> Iterator[tuple[Callable[[], Any], int]]:
@@ -70,7 +108,7 @@ def _gemms(device: str, dtype: torch.dtype) -> Iterator[tuple[Callable[[], Any],
 
 
 def _copy_speed(count: int, device: str, dtype: torch.dtype, wait: Callable[[], Any]) -> float:
-    source = torch.zeros(count // 2 // dtype.itemsize, dtype=dtype, device=device)
+    source = torch.ones(count // 2 // dtype.itemsize, dtype=dtype, device=device)     # zeros may have no memory yet
     target = torch.empty_like(source)
     return count / _best(lambda: target.copy_(source), wait)
 
