@@ -14,10 +14,14 @@ namespace {
 
 constexpr int kTile = 7;  // output pixels at once: divides the widths of ImageNet's maps; 7 + 7 taps + 1 registers
 
+constexpr int64_t kBand = 14;    // lines
+constexpr int64_t kChunk = 128;  // channels: the inputs of a tile of three lines stay in the first cache
+
 struct Tile {
-  const float *x, *weight, *residual;  // of the first pixel, channel and tap
+  const float *x, *residual;  // of the first pixel and channel 0
   float* y;
-  int64_t residual_step;               // from pixel to pixel
+  int64_t residual_step;      // from pixel to pixel
+  int64_t begin, end;         // channels
 };
 
 struct Depthwise : Op {
@@ -48,26 +52,39 @@ struct Depthwise : Op {
 
   void run(const Run& run, int64_t begin, int64_t last) const override {
     const Range range(lines, tasks, begin, last);
-    const int64_t count = (y.size[kW] + kTile - 1) / kTile;
-    for (int64_t line = range.begin; line < range.end; ++line) {
-      const int64_t h = line % y.size[kH], d = line / y.size[kH] % y.size[kD], n = line / y.size[kH] / y.size[kD];
-      Tile tile;
-      const float* from = x.at(run) + corner + n * x.stride[kN] + d * stride[0] * x.stride[kD] +
-                          h * stride[1] * x.stride[kH];
-      float* to = y.at(run) + n * y.stride[kN] + d * y.stride[kD] + h * y.stride[kH];
-      const View& r = end.residual;
-      const float* residual = r.there ? r.at(run) + n * r.stride[kN] + d * r.stride[kD] + h * r.stride[kH] : nullptr;
-      tile.weight = weight;
-      tile.residual_step = r.stride[kW];
-      for (int64_t i = 0; i < count; ++i) {  // tiles of a line differ by one pixel at most
-        const int64_t w = y.size[kW] * i / count, next = y.size[kW] * (i + 1) / count;
-        tile.x = from + w * stride[2] * x.stride[kW];
-        tile.y = to + w * y.stride[kW];
-        tile.residual = residual ? residual + w * r.stride[kW] : nullptr;
-        tiles[next - w](*this, tile, next - w);
-      }
-      if (end.late) finish(to, residual);
+    for (int64_t line = range.begin; line < range.end;) {  // bands of a few lines, which share inputs
+      int64_t count = y.size[kH] - line % y.size[kH];
+      if (count > range.end - line) count = range.end - line;
+      if (count > kBand) count = kBand;
+      band(run, line, count);
+      line += count;
     }
+  }
+
+  void band(const Run& run, int64_t line, int64_t count) const {
+    const int64_t h = line % y.size[kH], d = line / y.size[kH] % y.size[kD], n = line / y.size[kH] / y.size[kD];
+    const View& r = end.residual;
+    const float* from = x.at(run) + corner + n * x.stride[kN] + d * stride[0] * x.stride[kD] +
+                        h * stride[1] * x.stride[kH];
+    float* to = y.at(run) + n * y.stride[kN] + d * y.stride[kD] + h * y.stride[kH];
+    const float* residual = r.there ? r.at(run) + n * r.stride[kN] + d * r.stride[kD] + h * r.stride[kH] : nullptr;
+    const int64_t across = (y.size[kW] + kTile - 1) / kTile;
+    for (int64_t i = 0; i < across; ++i) {  // tiles of a line differ by one pixel at most
+      const int64_t w = y.size[kW] * i / across, next = y.size[kW] * (i + 1) / across;
+      for (int64_t c = 0; c < y.size[kC]; c += kChunk)
+        for (int64_t j = 0; j < count; ++j) {
+          Tile tile;
+          tile.x = from + w * stride[2] * x.stride[kW] + j * stride[1] * x.stride[kH];
+          tile.y = to + w * y.stride[kW] + j * y.stride[kH];
+          tile.residual = residual ? residual + w * r.stride[kW] + j * r.stride[kH] : nullptr;
+          tile.residual_step = r.stride[kW];
+          tile.begin = c;
+          tile.end = y.size[kC] - c < kChunk ? y.size[kC] : c + kChunk;
+          tiles[next - w](*this, tile, next - w);
+        }
+    }
+    for (int64_t j = 0; end.late && j < count; ++j)
+      finish(to + j * y.stride[kH], residual ? residual + j * r.stride[kH] : nullptr);
   }
 
   // Activations that were not done in registers, over one line.
@@ -86,12 +103,6 @@ struct Depthwise : Op {
     }
   }
 
-  PK_INLINE vec finished(vec acc, vec residual) const {
-    if (!end.residual_last) acc = add(acc, residual);
-    acc = clamp(acc, set(end.low), set(end.high));
-    return end.residual_last && !end.late ? add(acc, residual) : acc;
-  }
-
   View x, y;
   Epilogue end;
   const float* weight;
@@ -101,6 +112,24 @@ struct Depthwise : Op {
   TileFn tiles[kTile + 1] = {};
 };
 
+// What of the epilogue is done in registers; `late`: the activation comes afterwards, and with it a residual that is
+// `last`.
+PK_INLINE vec finished(vec acc, vec residual, vec low, vec high, bool last, bool late) {
+  if (!last) return clamp(add(acc, residual), low, high);
+  return late ? acc : add(clamp(acc, low, high), residual);
+}
+
+// Keeps the compiler from loading a value again at every use.
+PK_INLINE void in_register(vec& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
 // T pixels of kLanes channels (or those of the mask). K taps in a row and stride S along w are known when compiled;
 // K = 0: any, then every tap loads its inputs anew.
 template <int K, int S, int T, bool tail>
@@ -109,7 +138,7 @@ PK_INLINE void channels_of(const Depthwise& o, const Tile& tile, int64_t c, lane
   vec acc[T];
   const vec bias = o.end.bias ? load(o.end.bias + c) : zero();
   for (int t = 0; t < T; ++t) acc[t] = bias;
-  const float* weight = tile.weight + c;
+  const float* weight = o.weight + c;
   for (int64_t r = 0; r < rows; ++r) {
     const float* x = tile.x + o.row_at[r] + c;
     if constexpr (K > 0) {
@@ -118,7 +147,8 @@ PK_INLINE void channels_of(const Depthwise& o, const Tile& tile, int64_t c, lane
       for (int k = 0; k < K; ++k) w[k] = load(weight + k * o.channels);
 #pragma GCC unroll 24
       for (int j = 0; j < (T - 1) * S + K; ++j) {
-        const vec in = tail ? load(x + j * pitch, m) : load(x + j * pitch);
+        vec in = tail ? load(x + j * pitch, m) : load(x + j * pitch);
+        in_register(in);
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k)
           if (j >= k && (j - k) % S == 0 && (j - k) / S < T) acc[(j - k) / S] = fma(in, w[k], acc[(j - k) / S]);
@@ -136,42 +166,51 @@ PK_INLINE void channels_of(const Depthwise& o, const Tile& tile, int64_t c, lane
     }
     weight += taps * o.channels;
   }
+  const vec low = set(o.end.low), high = set(o.end.high);
+  const bool last = o.end.residual_last, late = o.end.late;
+  const float* residual = tile.residual ? tile.residual + c : nullptr;
+  const int64_t y_step = o.y.stride[kW], residual_step = tile.residual_step;
+  float* y = tile.y + c;
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    const float* r = tile.residual + t * tile.residual_step + c;
-    const vec residual = tile.residual == nullptr ? zero() : tail ? load(r, m) : load(r);
-    const vec out = o.finished(acc[t], residual);
-    float* y = tile.y + t * o.y.stride[kW] + c;
-    if (tail) store(y, out, m);
-    else store(y, out);
+    vec out = acc[t];
+    if (residual) {
+      const float* r = residual + t * residual_step;
+      const vec more = tail ? load(r, m) : load(r);
+      out = finished(out, more, low, high, last, late);
+    } else {
+      out = clamp(out, low, high);
+    }
+    if (tail) store(y + t * y_step, out, m);
+    else store(y + t * y_step, out);
   }
 }
 
 template <int K, int S, int T>
 void tile_of(const Depthwise& o, const Tile& tile, int64_t) {
-  const int64_t n = o.y.size[kC];
-  int64_t c = 0;
+  const int64_t n = tile.end;
+  int64_t c = tile.begin;
   for (; c + kLanes <= n; c += kLanes) channels_of<K, S, T, false>(o, tile, c, first(kLanes));
   if (c < n) channels_of<K, S, T, true>(o, tile, c, first(n - c));
 }
 
 // Any strides, any multiplier: inputs are gathered.
 void tile_any(const Depthwise& o, const Tile& tile, int64_t pixels) {
-  const int64_t rows = o.kernel[0] * o.kernel[1], taps = o.kernel[2], n = o.y.size[kC];
+  const int64_t rows = o.kernel[0] * o.kernel[1], taps = o.kernel[2], n = tile.end;
   const View& residual = o.end.residual;
   for (int64_t t = 0; t < pixels; ++t)
-    for (int64_t c = 0; c < n; c += kLanes) {
+    for (int64_t c = tile.begin; c < n; c += kLanes) {
       const int64_t lanes = n - c < kLanes ? n - c : kLanes;
       float in[kLanes] = {}, add_to[kLanes] = {};
       vec acc = o.end.bias ? load(o.end.bias + c) : zero();
       for (int64_t k = 0; k < rows * taps; ++k) {
         const float* x = tile.x + o.row_at[k / taps] + (k % taps * o.dilation[2] + t * o.stride[2]) * o.x.stride[kW];
         for (int64_t l = 0; l < lanes; ++l) in[l] = x[(c + l) / o.multiplier * o.x.stride[kC]];
-        acc = fma(load(in), load(tile.weight + k * o.channels + c), acc);
+        acc = fma(load(in), load(o.weight + k * o.channels + c), acc);
       }
       for (int64_t l = 0; tile.residual && l < lanes; ++l)
         add_to[l] = tile.residual[t * tile.residual_step + (c + l) * residual.stride[kC]];
-      store(in, o.finished(acc, load(add_to)));
+      store(in, finished(acc, load(add_to), set(o.end.low), set(o.end.high), o.end.residual_last, o.end.late));
       for (int64_t l = 0; l < lanes; ++l) tile.y[t * o.y.stride[kW] + (c + l) * o.y.stride[kC]] = in[l];
     }
 }
