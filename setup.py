@@ -32,7 +32,7 @@ INSTRUCTION_SETS = {
     **({"avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]} if X86 else {})}
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
-KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-ffp-contract=fast"]
+KERNEL_FLAGS = [*FLAGS, "-fno-math-errno", "-ffp-contract=fast", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # What a sanitizer build adds, to compiling and linking alike (CONTRIBUTING.md).
 EXTRA_FLAGS = os.environ.get("PRUNEKERN_CXXFLAGS", "").split()
 
@@ -104,7 +104,8 @@ class OptionalBuildExt(build_ext):
 
     def compile_kernels(self) -> list[str]:
         """The kernel units' objects, one per unit and instruction set; what is up to date is left alone."""
-        headers = max(path.stat().st_mtime for path in [*Path("csrc/cpu").rglob("*.h"), Path(__file__)])
+        engine = {Path("csrc/cpu/engine.h"), Path("csrc/cpu/pool.h")}       # kernels know nothing of these
+        headers = max(path.stat().st_mtime for path in Path("csrc/cpu").rglob("*.h") if path not in engine)
         jobs = [(unit, isa, Path(self.build_temp) / isa) for unit in sorted(Path("csrc/cpu/kernels").glob("*.cpp"))
                 for isa in INSTRUCTION_SETS]
 

@@ -141,6 +141,8 @@ Network::Network(Recipe recipe) : recipe_(std::move(recipe)) {
   }
 }
 
+Network::~Network() = default;
+
 std::unique_ptr<Network::Workspace> Network::acquire() const {
   {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -37,6 +37,7 @@ struct Recipe {
 class Network {
  public:
   explicit Network(Recipe recipe);
+  ~Network();
 
   // Ops [begin, end) for all slices. addresses: one per input and output, in the Recipe's order. arena: memory to
   // use (with one slice only), or null for memory of the network's own. Any number of threads may call.

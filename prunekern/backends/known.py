@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from prunekern.backends.base import Backend, Choice, choose
+from prunekern.backends.cpu import CpuBackend
 from prunekern.backends.reference import ReferenceBackend
 
-BACKENDS: tuple[Backend, ...] = (ReferenceBackend(),)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
 
 
 def select(name: str, device: str | None = None) -> Choice:

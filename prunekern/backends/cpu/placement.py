@@ -37,6 +37,15 @@ class Aside:
     writes: tuple[Slot, ...]
 
 
+@dataclass(frozen=True)
+class _State:
+    """One run: its arena, what the engine's other bases are, and values that do not live in an arena."""
+
+    memory: Tensor
+    bases: Sequence[Tensor]
+    loose: dict[str, Tensor]
+
+
 class CpuPlacement:
     """See ``backends.base.Placement``. Any number of threads may run it at a time, each in an arena of its own.
 
@@ -118,58 +127,50 @@ class CpuPlacement:
         return [*[x.data_ptr() for x in inputs], *[y.data_ptr() for y in outputs], *self._constants]
 
     def _mixed(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        memory = self._acquire()
+        state = self._start(inputs, outputs)
         addresses = self._addresses(inputs, outputs)
-        values = self._values(inputs)
         for item in self.items:
             if isinstance(item, Stretch):
-                self.network.run(self.network.handle, item.begin, item.end, memory.data_ptr(), *addresses)
+                self.network.run(self.network.handle, item.begin, item.end, state.memory.data_ptr(), *addresses)
             else:
-                self._run_aside(item, memory, values)
-        self._deliver(memory, values, outputs)
-        self._release(memory)
+                self._run_aside(item, state)
+        self._finish(state, outputs)
 
-    def _run_aside(self, aside: Aside, memory: Tensor, values: dict[str, Tensor], observe: Observe | None = None) -> None:
-        given = [self.value(slot, memory, values) for slot in aside.reads]
+    def _start(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> _State:
+        with self._lock:
+            memory = self._free.pop() if self._free else None
+        if memory is None:
+            memory = torch.zeros(max(self.arena.size, 64), dtype=torch.uint8)
+        loose = {slot.name: x for slot, x in zip(self.program.input_slots, inputs, strict=True)}
+        return _State(memory, [*inputs, *outputs, *self.builder.constants], loose)
+
+    def _run_aside(self, aside: Aside, state: _State, observe: Observe | None = None) -> None:
+        given = [self.value(slot, state) for slot in aside.reads]
         for slot, result in zip(aside.writes, aside.placement.run(given, observe), strict=True):
-            values[slot.name] = result
+            state.loose[slot.name] = result
             if slot.name in self.builder.places:
-                self.builder.places[slot.name].on(memory).copy_(result)
+                self.builder.places[slot.name].on(state.memory).copy_(result)
 
-    def _deliver(self, memory: Tensor, values: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> None:
-        """Outputs that no native op writes."""
+    def _finish(self, state: _State, outputs: Sequence[Tensor]) -> None:
+        """Deliver the outputs that no native op writes."""
         for slot, y in zip(self.program.output_slots, outputs, strict=True):
-            if slot.dtype != torch.float32 or slot.name not in self.builder.places:
-                y.copy_(values[slot.name])
+            if slot.dtype != torch.float32:
+                y.copy_(state.loose[slot.name])
+        with self._lock:
+            self._free.append(state.memory)
 
-    def _values(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {slot.name: x for slot, x in zip(self.program.input_slots, inputs, strict=True)}
-
-    def value(self, slot: Slot, memory: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    def value(self, slot: Slot, state: _State) -> Tensor:
         """A slot's value, in torch's order of axes."""
-        if slot.name in values:
-            return values[slot.name]
+        if slot.name in state.loose:
+            return state.loose[slot.name]
         source = self.builder.flat.get(slot.name)
         if source is not None:
-            return self.value(source, memory, values).reshape(slot.at(self.builder.batch))
+            return self.value(source, state).reshape(slot.at(self.builder.batch))
         place = self.builder.places[slot.name]
-        base, inputs = place.buffer.base, self.program.input_slots
+        base = place.buffer.base
         if base == 0:
-            return place.on(memory)
-        numbered = [*inputs, *self.program.output_slots]
-        origin = values[numbered[base - 1].name] if base <= len(numbered) \
-            else self.builder.constants[base - 1 - len(numbered)]
-        return origin.as_strided(place.view.shape, place.view.stride(), place.offset // 4)
-
-    def _acquire(self) -> Tensor:
-        with self._lock:
-            if self._free:
-                return self._free.pop()
-        return torch.zeros(max(self.arena.size, 64), dtype=torch.uint8)
-
-    def _release(self, memory: Tensor) -> None:
-        with self._lock:
-            self._free.append(memory)
+            return place.on(state.memory)
+        return state.bases[base - 1].as_strided(place.view.shape, place.view.stride(), place.offset // 4)
 
     # ---- step by step --------------------------------------------------------------------------------------------
 
@@ -189,10 +190,8 @@ class CpuPlacement:
             observe(step, whole, seconds[step.name])
 
     def _one_slice(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], note: Observe) -> None:
-        memory, values = self._acquire(), self._values(inputs)
-        values.update({slot.name: y for slot, y in zip(self.program.output_slots, outputs, strict=True)
-                       if slot.name in self.builder.places})
-        addresses = self._addresses(inputs, outputs)
+        state = self._start(inputs, outputs)
+        memory, addresses = state.memory.data_ptr(), self._addresses(inputs, outputs)
         asides = iter([item for item in self.items if isinstance(item, Aside)])
         done: set[str] = set()
         for step in self.program.steps:
@@ -200,14 +199,14 @@ class CpuPlacement:
                 continue
             if step.name in self.builder.foreign:
                 aside = next(asides)
-                self._run_aside(aside, memory, values, note)
+                self._run_aside(aside, state, note)
                 done.update(inner.name for inner in aside.placement.program.steps)
                 continue
             first, last = (self._at[item] for item in self.builder.spans[step.name])
             start = time.perf_counter()
-            self.network.run(self.network.handle, first, last, memory.data_ptr(), *addresses)
-            note(step, tuple(self.value(slot, memory, values) for slot in step.outputs), time.perf_counter() - start)
-        self.network.run(self.network.handle, self._at[self.builder.spans[self.program.steps[-1].name][1]],
-                         self._at[-1], memory.data_ptr(), *addresses)
-        self._deliver(memory, values, outputs)
-        self._release(memory)
+            self.network.run(self.network.handle, first, last, memory, *addresses)
+            seconds = time.perf_counter() - start
+            note(step, tuple(self.value(slot, state) for slot in step.outputs), seconds)
+        exports = self.builder.spans[self.program.steps[-1].name][1] if self.program.steps else 0
+        self.network.run(self.network.handle, self._at[exports], self._at[-1], memory, *addresses)
+        self._finish(state, outputs)
