@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.conftest import Timed
+from bench.engines import CHANNELS_LAST, LOWERED, TORCH, Engine, forced
 from bench.verified import hold_to_model
-from prunekern.backends import lower
 
 pytestmark = pytest.mark.benchmark(max_time=0.3, warmup=True, warmup_iterations=10)
 
@@ -48,28 +47,14 @@ CONVS = [
 ]
 
 
-def by_torch(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: model(x)
-
-
-def by_torch_channels_last(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    return lambda: model(x)
-
-
-def by_reference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    lowered = lower(model, x[:1], backend="reference", verify=False)
-    return lambda: lowered(x)
-
-
-@pytest.mark.parametrize("engine", [by_torch, by_torch_channels_last, by_reference], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("engine", [TORCH, CHANNELS_LAST, *LOWERED, *forced()], ids=lambda engine: engine.name)
 @pytest.mark.parametrize("conv", CONVS, ids=str)
-def test_conv(timed: Timed, conv: Conv, engine: Callable[..., Callable[[], Tensor]]) -> None:
+def test_conv(timed: Timed, conv: Conv, engine: Engine) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(conv.inp, conv.out, conv.kernel, conv.stride, conv.kernel // 2, groups=conv.groups),
                           nn.ReLU()).eval()
     x = torch.randn(conv.batch, conv.inp, conv.side, conv.side)
     with torch.no_grad():
-        call = engine(model, x)
-        hold_to_model(call(), model, x)
-    timed(call, group=f"conv {conv}", flops=2 * conv.macs)
+        ready = engine.make(model, x)
+        hold_to_model(ready.call(), model, x, ready.algorithms)
+    timed(ready.call, group=f"conv {conv}", flops=2 * conv.macs)

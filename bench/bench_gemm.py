@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.conftest import Timed
+from bench.engines import LOWERED, TORCH, Engine, Ready
 from bench.verified import hold
 from prunekern import kernels
-from prunekern.backends import lower
 
 pytestmark = pytest.mark.benchmark(max_time=0.3, warmup=True, warmup_iterations=20)
 
@@ -21,31 +21,23 @@ GEMMS = [(576, 144, 16), (1024, 576, 64), (256, 1152, 128), (49, 512, 2048), (1,
          (1024, 117, 13), (1024, 405, 77), (576, 153, 17), (784, 333, 37)]
 
 
-def by_reference(linear: nn.Linear, x: Tensor) -> Callable[[], Tensor]:
-    lowered = lower(linear, x, backend="reference", verify=False)
-    return lambda: lowered(x)
-
-
-def by_torch(linear: nn.Linear, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: F.linear(x, linear.weight, linear.bias)
-
-
-def by_addmm(linear: nn.Linear, x: Tensor) -> Callable[[], Tensor]:
+def _addmm(linear: nn.Linear, x: Tensor) -> Ready:
     """The same BLAS call as the reference backend's, without anything around it."""
     packed, out = linear.weight.detach().t().contiguous(), x.new_empty(len(x), linear.out_features)
-    return lambda: torch.addmm(linear.bias, x, packed, out=out)
+    return Ready(lambda: torch.addmm(linear.bias, x, packed, out=out))
 
 
-@pytest.mark.parametrize("engine", [by_torch, by_addmm, by_reference], ids=lambda engine: engine.__name__)
+@pytest.mark.parametrize("engine", [TORCH, Engine("addmm", _addmm), *LOWERED], ids=lambda engine: engine.name)
 @pytest.mark.parametrize("size", GEMMS, ids=lambda size: "x".join(map(str, size)))
-def test_gemm(timed: Timed, size: tuple[int, int, int], engine: Callable[..., Callable[[], Tensor]]) -> None:
+def test_gemm(timed: Timed, size: tuple[int, int, int], engine: Engine) -> None:
     m, k, n = size
     torch.manual_seed(0)
     linear, x = nn.Linear(k, n).eval(), torch.randn(m, k)
     with torch.no_grad():
-        call = engine(linear, x)
-        hold(call(), linear(x), F.linear(x.double(), linear.weight.double(), linear.bias.double()))
-    timed(call, group=f"gemm {m}x{k}x{n}", flops=2 * m * k * n)
+        ready = engine.make(linear, x)
+        hold(ready.call(), linear(x), F.linear(x.double(), linear.weight.double(), linear.bias.double()),
+             ready.algorithms)
+    timed(ready.call, group=f"gemm {m}x{k}x{n}", flops=2 * m * k * n)
 
 
 # batch, height and width with padding, channels, kernel, stride

@@ -41,6 +41,7 @@ def test_network(timed: Timed, name: str, kind: str, batch: int, runner: str) ->
     torch.manual_seed(0)
     x = torch.randn(batch, *one.shape[1:])
     run = model if runner == "eager" else lowered(name, kind, runner)
+    algorithms = {row.algorithm for row in run.explain(x).rows} if isinstance(run, Lowered) else ()
     with torch.no_grad():
-        hold_to_model(run(x), model, x)
+        hold_to_model(run(x), model, x, algorithms)
     timed(lambda: run(x), group=f"{name}, {kind}, batch {batch}")

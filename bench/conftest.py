@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.latency import commit, load_average, processor
+from bench.machine import commit, load_average, processor
 
 THREADS = int(os.environ.get("BENCH_THREADS", "1"))
 Timed = Callable[..., None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from bench.isolation import OutOfTime, own_signal_stack, quiet, time_limit
+from bench.verified import allowed
 from prunekern.backends import BACKENDS, lower
 from prunekern.backends.base import Backend
-from prunekern.lower.tolerance import error, limit
+from prunekern.lower.tolerance import error
 
 Call = Callable[[], object]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,10 +41,11 @@ class Setting:
 @dataclass(frozen=True)
 class Runner:
     """A network made ready. ``bind`` prepares an input and gives the call to time; ``read`` makes a tensor of what
-    that call returns."""
+    that call returns; ``algorithms`` names those it runs by on an input, where that is known."""
 
     bind: Callable[[Tensor], Call]
     read: Callable[[Any], Tensor] = lambda value: value
+    algorithms: Callable[[Tensor], Iterable[str]] = lambda x: ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ class Truth:
             whole = len(result) == len(x)
             ours = result[self.picked.to(result.device)] if whole else result       # else: wrong, and error() says so
             found.append((error(ours, y64), own, seconds))
-        held = [Checked(e, own, limit(own, DTYPES[precision]), len(self.picked), found[-1][2]) for e, own, _ in found]
+        algorithms = tuple(runner.algorithms(self.inputs[0]))
+        held = [Checked(e, own, allowed(own, DTYPES[precision], algorithms), len(self.picked), found[-1][2])
+                for e, own, _ in found]
         return max(held, key=lambda checked: checked.error / checked.limit)
 
 
@@ -184,7 +188,8 @@ def _lowered(backend: Backend, precision: str = "fp32", **options: Any) -> Conte
     """options: of ``lower``, for a precision that has to be asked for."""
     def make(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
         lowered = lower(model, x, backend=backend.name, verify=False, **options)       # held to fp64 by Truth, as all
-        return Runner(lambda x: lambda: lowered(x))
+        return Runner(lambda x: lambda: lowered(x), algorithms=lambda x: {row.algorithm for row in
+                                                                          lowered.explain(x).rows})
 
     def unavailable(setting: Setting) -> str | None:
         if setting.device.type not in backend.devices:
