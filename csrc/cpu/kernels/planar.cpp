@@ -40,7 +40,6 @@ void Band::cut_rows(int64_t width, Pitch in, Pitch out, Pitch other) {
     if (next % in.h >= width) next += in.h - next % in.h;
   }
   piece[vectors] = int32_t(count);
-  whole = count == vectors;
 }
 
 void Band::cut_images(int64_t width, int64_t images, Pitch in, Pitch out, Pitch other) {
@@ -63,20 +62,26 @@ void finish(const Block& b, int64_t first, int64_t channels, int64_t vectors, fl
   const Band& band = *b.band;
   const Epilogue& e = *b.epilogue;
   const vec low = set(e.low), high = set(e.high);
-  for (int pass = 0; pass < 2; ++pass) {  // before the activation, after it
-    for (int64_t i = 0; i < channels * vectors; ++i) {
-      const int64_t c = i / vectors, v = first + i % vectors;
-      vec sum = load(sums + i * kLanes);
-      const bool add_now = b.residual && e.residual_last == (pass == 1);
-      for (int64_t p = band.piece[v]; p < band.piece[v + 1]; ++p) {
-        const Piece& at = band.pieces[p];
-        const lanemask lanes = from_bits(at.lanes);
-        if (add_now) sum = add(sum, load(b.residual + c * b.residual_channel + at.residual, lanes));
-        if (pass == 1) store(b.y + c * b.y_channel + at.y, sum, lanes);
-      }
-      if (pass == 0) store(sums + i * kLanes, e.late ? sum : clamp(sum, low, high));
-    }
-    if (pass == 0 && e.late) activate_row(e.act, sums, channels * vectors * kLanes, e.constants);
+  const auto residual = [&](int64_t c, int64_t v) {
+    vec sum = zero();
+    for (int64_t p = band.piece[v]; p < band.piece[v + 1]; ++p)
+      sum = add(sum, load(b.residual + c * b.residual_channel + band.pieces[p].residual,
+                          from_bits(band.pieces[p].lanes)));
+    return sum;
+  };
+  if (e.late) {
+    for (int64_t i = 0; i < channels * vectors && b.residual && !e.residual_last; ++i)
+      store(sums + i * kLanes, add(load(sums + i * kLanes), residual(i / vectors, first + i % vectors)));
+    activate_row(e.act, sums, channels * vectors * kLanes, e.constants);
+  }
+  for (int64_t i = 0; i < channels * vectors; ++i) {
+    const int64_t c = i / vectors, v = first + i % vectors;
+    vec sum = load(sums + i * kLanes);
+    if (!e.late && b.residual && !e.residual_last) sum = add(sum, residual(c, v));
+    sum = clamp(sum, low, high);  // a late activation leaves these infinite
+    if (b.residual && e.residual_last) sum = add(sum, residual(c, v));
+    for (int64_t p = band.piece[v]; p < band.piece[v + 1]; ++p)
+      store(b.y + c * b.y_channel + band.pieces[p].y, sum, from_bits(band.pieces[p].lanes));
   }
 }
 
@@ -86,10 +91,9 @@ using Tile = void (*)(const Block&, int64_t first);
 
 // [channels - 1][vectors - 1]; beyond what a tile may have, its longest.
 #define PK_TILE(C, V) tile<C, (V < longest(C) ? V : longest(C))>
-#define PK_TILES(C)                                                                                           \
-  {PK_TILE(C, 1), PK_TILE(C, 2), PK_TILE(C, 3), PK_TILE(C, 4),  PK_TILE(C, 5),  PK_TILE(C, 6),                  \
-   PK_TILE(C, 7), PK_TILE(C, 8), PK_TILE(C, 9), PK_TILE(C, 10), PK_TILE(C, 11), PK_TILE(C, 12)}
-const Tile kTiles[9][12] = {
+#define PK_TILES(C)                                                                                 \
+  {PK_TILE(C, 1), PK_TILE(C, 2), PK_TILE(C, 3), PK_TILE(C, 4), PK_TILE(C, 5), PK_TILE(C, 6), PK_TILE(C, 7), PK_TILE(C, 8)}
+const Tile kTiles[kWidest][kLongest] = {
     PK_TILES(1), PK_TILES(2), PK_TILES(3), PK_TILES(4), PK_TILES(5), PK_TILES(6),
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
     PK_TILES(7), PK_TILES(8), PK_TILES(9),
@@ -127,6 +131,11 @@ struct Phases {
 // Elements 0, stride, 2 stride, ... of x.
 void take(const float* x, int64_t pitch, int64_t stride, int64_t count, float* y) {
   int64_t j = 0;
+  if (pitch == 1 && stride == 1) {
+    for (; j + kLanes <= count; j += kLanes) store(y + j, load(x + j));
+    if (j < count) store(y + j, load(x + j, first(count - j)), first(count - j));
+    return;
+  }
   if (pitch == 1 && stride == 2)
     for (; j + kLanes < count; j += kLanes) store(y + j, evens(load(x + 2 * j), load(x + 2 * j + kLanes)));
   for (; j < count; ++j) y[j] = x[j * stride * pitch];
@@ -147,7 +156,8 @@ class PlanarConv final : public Op {
   View x_, y_;
   Epilogue epilogue_;
   Window window_;
-  const float* weight_;
+  const float *weight_, *bias_;
+  Array<float> no_bias_;
   const int64_t* blocks_;
   int64_t block_count_ = 0, groups_, kernel_[2], stride_[2], dilation_[2], pad_[2], out_[2];
   bool images_, strided_, pooled_;         // lanes are images; phases are taken apart first; pooled after
@@ -199,6 +209,8 @@ PlanarConv::PlanarConv(const Fields& f)
     if (out_[0] == 1) in_.h = most(in_.h, out_[1]);
     if (!images_ && in_.h < out_[1]) fail("planar_conv: x's rows are nearer than the output is wide");
   }
+  no_bias_.make(y_.size[kC]);
+  bias_ = epilogue_.bias ? epilogue_.bias : no_bias_.data;
   cut(f.threads(), f.integer("rows", 0));
   address();
 }
@@ -296,12 +308,12 @@ void PlanarConv::run(const Run& run, int64_t begin, int64_t end) const {
     b.residual_channel = other.stride[kC];
     b.band = &band;
     b.epilogue = &epilogue_;
-    b.quick = band.whole && !epilogue_.late && !(other.there && epilogue_.residual_last);
+    b.quick = !epilogue_.late && !(other.there && epilogue_.residual_last) && epilogue_.high == __builtin_inff();
     const int64_t group_channels = y_.size[kC] / groups_;
     int64_t channel = 0;
     for (int64_t i = 0; i < block_count_; channel += blocks_[i++]) {
       b.x = x + channel / group_channels * group_;
-      b.bias = epilogue_.bias ? epilogue_.bias + channel : nullptr;
+      b.bias = bias_ + channel;
       b.y = pooled_ ? sums
                     : y_.at(run) + n * y_.stride[kN] + channel * y_.stride[kC] + band.row * y_.stride[kH];
       b.residual = other.there ? other.at(run) + n * other.stride[kN] + channel * other.stride[kC] +

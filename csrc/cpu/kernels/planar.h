@@ -15,21 +15,12 @@ namespace PK_ISA {
 namespace planar {
 
 constexpr int kWidest = kRegisters == 32 ? 9 : 6;    // output channels of a block
-constexpr int kLongest = kRegisters == 32 ? 12 : 6;  // vectors of a tile
+constexpr int kLongest = 8;                          // vectors of a tile, at most
 
-// How many vectors go with a block of `channels`: the accumulators fill the registers, beside either the vectors read
-// and one weight, or the weights and one vector read.
+// How many vectors go with a block of `channels`: accumulators, vectors read and one weight fill the registers.
 constexpr int longest(int channels) {
-  if (kRegisters == 16) return channels == 1 ? 6 : channels == 2 ? 5 : channels == 3 ? 3 : 2;
-  switch (channels) {
-    case 1: return 12;
-    case 2: return 11;
-    case 3: return 8;
-    case 4: return 6;
-    case 5: return 5;
-    case 6: return 4;
-    default: return 3;
-  }
+  if (kRegisters == 16) return channels == 1 ? 6 : channels == 2 ? 4 : channels == 3 ? 3 : 2;
+  return channels <= 2 ? 8 : channels <= 4 ? 6 : channels == 5 ? 5 : channels == 6 ? 4 : 3;
 }
 
 // Lanes of a vector that lie in one row: offsets (elements) of lane 0 if it lay there too.
@@ -47,7 +38,6 @@ struct Pitch {
 struct Band {
   int64_t row = 0, rows = 0;
   int64_t vectors = 0;
-  bool whole = true;      // every vector is one piece
   Array<int32_t> x;       // [vectors] where lane 0 reads
   Array<int32_t> piece;   // [vectors + 1] its pieces
   Array<Piece> pieces;
@@ -64,14 +54,14 @@ struct Block {
   const int32_t* taps;       // [depth] elements from there: input channels, kernel rows, kernel columns
   int64_t depth;
   const float* weight;       // [depth, channels]
-  const float* bias;         // [channels] or null
+  const float* bias;         // [channels]
   float* y;
   int64_t y_channel;         // elements from a channel to the next
   const float* residual;     // or null
   int64_t residual_channel;
   const Band* band;
   const Epilogue* epilogue;
-  bool quick;                // single pieces, clamp, no residual after the activation
+  bool quick;                // nothing but a residual and then a maximum with epilogue->low is left to do
 };
 
 // Stores sums[channels][vectors][kLanes] that have their bias: residual, activation, pieces.
@@ -83,26 +73,14 @@ PK_INLINE void multiply(const Block& b, const float* const* x, vec (&sum)[C][V])
   const float* w = b.weight;
   for (int64_t k = 0; k < b.depth; ++k, w += C) {
     const int64_t tap = taps[k];
-    if (C <= 3) {  // long tiles: weights stay, vectors pass
-      vec weight[C];
+    vec in[V];  // all of them first: interleaved with the products, loads that cross cache lines stall those
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) weight[c] = set(w[c]);
+    for (int v = 0; v < V; ++v) in[v] = load(x[v] + tap);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        const vec in = load(x[v] + tap);
+    for (int c = 0; c < C; ++c) {
+      const vec weight = set(w[c]);
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) sum[c][v] = fma(weight[c], in, sum[c][v]);
-      }
-    } else {
-      vec in[V];
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) in[v] = load(x[v] + tap);
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) {
-        const vec weight = set(w[c]);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) sum[c][v] = fma(weight, in[v], sum[c][v]);
-      }
+      for (int v = 0; v < V; ++v) sum[c][v] = fma(weight, in[v], sum[c][v]);
     }
   }
 }
@@ -112,40 +90,47 @@ template <int C, int V>
 void tile(const Block& b, int64_t first) {
   const Band& band = *b.band;
   const float* x[V];
-  lanemask lanes[V];
   vec sum[C][V];
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) x[v] = b.x + band.x[first + v];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) sum[c][v] = b.bias ? set(b.bias[c]) : zero();
-  }
-  if (!b.quick) {
-    multiply(b, x, sum);
-    alignas(64) float sums[C * V * kLanes];
-    for (int i = 0; i < C * V; ++i) store(sums + i * kLanes, sum[i / V][i % V]);
-    finish(b, first, C, V, sums);
-    return;
-  }
-  const Piece* pieces = &band.pieces[band.piece[first]];
-  if (b.residual) {
-    for (int v = 0; v < V; ++v) lanes[v] = from_bits(pieces[v].lanes);
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v)
-        sum[c][v] = add(sum[c][v], load(b.residual + c * b.residual_channel + pieces[v].residual, lanes[v]));
-    }
+    for (int v = 0; v < V; ++v) sum[c][v] = set(b.bias[c]);
   }
   multiply(b, x, sum);
-  const vec low = set(b.epilogue->low), high = set(b.epilogue->high);
+  if (!b.quick) {
+    alignas(64) float sums[C * V * kLanes];
+#pragma GCC unroll 32
+    for (int i = 0; i < C * V; ++i) store(sums + i * kLanes, sum[i / V][i % V]);
+    return finish(b, first, C, V, sums);
+  }
+  const int32_t* piece = &band.piece[first];
+  if (b.residual) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      for (int32_t p = piece[v]; p < piece[v + 1]; ++p) {
+        const lanemask lanes = from_bits(band.pieces[p].lanes);
+        const float* residual = b.residual + band.pieces[p].residual;
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c, residual += b.residual_channel) sum[c][v] = add(sum[c][v], load(residual, lanes));
+      }
+    }
+  }
+  const vec low = set(b.epilogue->low);
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[c][v] = max(low, sum[c][v]);
+  }
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
-    const lanemask mask = from_bits(pieces[v].lanes);
-    float* y = b.y + pieces[v].y;
+    for (int32_t p = piece[v]; p < piece[v + 1]; ++p) {
+      const lanemask lanes = from_bits(band.pieces[p].lanes);
+      float* y = b.y + band.pieces[p].y;
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) store(y + c * b.y_channel, clamp(sum[c][v], low, high), mask);
+      for (int c = 0; c < C; ++c, y += b.y_channel) store(y, sum[c][v], lanes);
+    }
   }
 }
 
