@@ -145,10 +145,10 @@ class Results:
     """The file of a run, written whole after every case.
 
     What it holds of an earlier run that was stopped is kept where that was the same run: same settings, machine,
-    versions and revision.
+    versions and sources.
     """
 
-    SAME = ("schema", "commit", "device", "cpus", "versions", "settings")
+    SAME = ("schema", "sources", "device", "cpus", "versions", "settings")
 
     def __init__(self, path: Path, facts: Mapping[str, Any], resume: bool = False) -> None:
         """Raises ValueError, naming what differs, where another run's file was to be resumed."""

@@ -58,16 +58,32 @@ def caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str,
     return found
 
 
+SOURCES = ("prunekern", "csrc", "setup.py", "bench/*.py", "tests/models.py", "tests/weights.py")
+
+
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(("git", "-C", str(ROOT), *arguments), capture_output=True, check=True, timeout=20).stdout
+
+
 def commit() -> str | None:
-    """The revision that is checked out; where files differ from it, '+' and a hash of the difference. None outside a
-    git checkout."""
-    def git(*arguments: str) -> bytes:
-        return subprocess.run(("git", "-C", str(ROOT), *arguments), capture_output=True, check=True, timeout=20).stdout
+    """The revision that is checked out, '+' where files differ from it; None outside a git checkout."""
     try:
-        head, difference = git("rev-parse", "HEAD").decode().strip(), git("diff", "HEAD", "--", ":!*.md")
-        return head + (f"+{hashlib.sha256(difference).hexdigest()[:8]}" if difference else "")
+        return _git("rev-parse", "HEAD").decode().strip() + ("+" if _git("diff", "HEAD", "--name-only") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def sources() -> str | None:
+    """A hash of all files that figures come from, as they are checked out; None outside a git checkout."""
+    try:
+        names = _git("ls-files", "-z", "--", *SOURCES).decode().split("\0")[:-1]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = hashlib.sha256()
+    for name in names:
+        path = ROOT / name
+        found.update(name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b"") + b"\0")
+    return found.hexdigest()[:16]
 
 
 def cpus() -> int:
@@ -85,9 +101,9 @@ def environment(device: torch.device) -> dict[str, Any]:
             continue
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit(),
-            "device": gpu or processor(), "cpu": processor(), "cpus": cpus(), "flags": instruction_sets(),
-            "caches": caches(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "cuda": torch.version.cuda,
-            "platform": platform.platform(), "versions": versions, "load_average_before": load_average()}
+            "sources": sources(), "device": gpu or processor(), "cpu": processor(), "cpus": cpus(),
+            "flags": instruction_sets(), "caches": caches(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cuda": torch.version.cuda, "platform": platform.platform(), "versions": versions, "load_average_before": load_average()}
 
 
 def peaks(device: torch.device, threads: Iterable[int]) -> dict[str, Any]:

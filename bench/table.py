@@ -75,7 +75,7 @@ def markdown(results: Results) -> str:
     for precision in opt_in:
         parts += [f"Opt-in {precision}, over the fastest {precision} peer:",
                   _grid(results, "network", lambda r, row, *column, p=precision: _plain(r.ratio(row, *column, p)))]
-    peaks = ", ".join(f"{peak['gflops']:.0f} GFLOP/s on {threads} thread{'s' * (threads != '1')}"
+    peaks = ", ".join(f"{peak['gflops']:.0f} GFLOP/s on {_threads(int(threads))}"
                       for threads, peak in facts.get("peaks", {}).items())
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime", "openvino")
                          if name in facts["versions"])
@@ -86,7 +86,7 @@ def markdown(results: Results) -> str:
 
 
 def _grid(results: Results, corner: str, cell: Callable[..., str]) -> str:
-    head = [corner, *(f"{threads} thread{'s' * (threads > 1)}, batch {batch}" for threads, batch in results.columns)]
+    head = [corner, *(f"{_threads(threads)}, batch {batch}" for threads, batch in results.columns)]
     lines = [[row.title, *(cell(results, row, *column) for column in results.columns)] for row in results.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] + ["---:"] * (len(head) - 1), *lines))
 
@@ -102,6 +102,10 @@ def _ratio_cell(results: Results, row: Wanted, threads: int, batch: int) -> str:
 def _time_cell(results: Results, row: Wanted, threads: int, batch: int) -> str:
     found = results.ratio(row, threads, batch)
     return "–" if found is None else f"{_micro(found['ours_us'])} / {_micro(found['peer_us'])} {found['peer']}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 def _plain(found: Mapping[str, Any] | None) -> str:
@@ -137,7 +141,8 @@ def explain_misses(results: Results) -> Iterable[str]:
     for row, threads, batch in results.misses():
         found = results.ratio(row, threads, batch)
         value = "no ratio" if found is None else f"{found['ratio']:.2f} of {found['peer']}"
-        yield f"missed: {row.title}, batch {batch}, {threads} threads: {value}, wanted {row.limit(batch, threads):.2f}"
+        yield (f"missed: {row.title}, batch {batch}, {_threads(threads)}: {value}, wanted "
+               f"{row.limit(batch, threads):.2f}")
 
 
 def main(path: Path, readme: Path | None) -> int:

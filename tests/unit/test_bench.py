@@ -1,31 +1,46 @@
-"""The latency benchmark: nothing unverified is timed, and what it writes can be read."""
+"""The latency benchmark: nothing unverified is timed, what it writes can be read, tables say what was measured."""
 
 from __future__ import annotations
 
+import argparse
+import gc
+import importlib.util
 import json
 import math
 import signal
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import latency
-from bench.contenders import Contender, OutOfTime, Runner, Setting, contenders, time_limit
+from bench import latency, machine, smooth, table
+from bench.cases import SCHEMA, Case, Entry, Results
+from bench.contenders import PEERS, Contender, Runner, Setting, Truth, contenders
+from bench.isolation import OutOfTime, own_signal_stack, signal_stack, time_limit
+from bench.networks import TARGETS, Network, networks, odd, wanted
+from prunekern.analysis.latency import Row
+from prunekern.backends import BACKENDS
 from tests.models import make
 
 SETTING = Setting(torch.device("cpu"), threads=1)
+OURS = next(backend.name for backend in BACKENDS if backend.unavailable() is None)
 
 
-def network() -> tuple[latency.Network, tuple[Tensor, ...]]:
+def network() -> tuple[Network, Truth]:
     model, (x,) = make("mlp", batch=3)
-    return latency.Network("dense", model, 1, 1), (x, x.flip(0) * 2)
+    return Network("dense", model, 1, 1), Truth.of(model, (x, x.flip(0) * 2), 1)
 
 
-def contender(make: object, **options: object) -> Contender:
-    return Contender("some", make, **options)  # type: ignore[arg-type]
+def contender(make: Any, **options: Any) -> Contender:
+    return Contender("some", "some", make, **options)
+
+
+# ---- verification --------------------------------------------------------------------------------------------------
 
 
 def test_a_right_contender_is_ready_to_be_timed() -> None:
@@ -34,6 +49,7 @@ def test_a_right_contender_is_ready_to_be_timed() -> None:
     assert entry.state == "timed"
     assert entry.checked is not None
     assert entry.checked.error == entry.checked.torch_error <= entry.checked.limit
+    assert entry.checked.samples == 3
     assert call is not None
 
 
@@ -51,12 +67,44 @@ def lost(model: nn.Module, x: Tensor, _: Setting) -> Runner:
     return Runner(lambda x: lambda: model(x)[:1])
 
 
-@pytest.mark.parametrize("make", [wrong, constant, lost], ids=lambda make: make.__name__)
+def last_one(model: nn.Module, x: Tensor, _: Setting) -> Runner:
+    """Wrong in the last sample of a batch, as a tail that is not handled would be."""
+    def bind(x: Tensor) -> Any:
+        scale = torch.ones(len(x), 1)
+        scale[-1] = 2
+        return lambda: model(x) * scale
+    return Runner(bind)
+
+
+@pytest.mark.parametrize("make", [wrong, constant, lost, last_one], ids=lambda make: make.__name__)
 def test_a_wrong_contender_is_failed_and_not_timed(make: object) -> None:
     entry, call = latency.prepare(contender(make), *network(), SETTING)
     assert (entry.state, call, entry.row) == ("failed", None, None)
     assert "of max|output|" in entry.reason
     assert "limit" in entry.reason
+
+
+def test_large_networks_are_verified_on_some_samples_the_last_one_among_them() -> None:
+    model, (x,) = make("mlp", batch=9)
+    truth = Truth.of(model, (x, x.flip(0)), macs=10**12)
+    assert truth.picked.tolist() == [0, 8]
+    net = Network("dense", model, 10**12, 1)
+    right = contender(lambda model, x, _: Runner(lambda x: lambda: model(x)))
+    entry, call = latency.prepare(right, net, truth, SETTING)
+    assert (entry.state, entry.checked and entry.checked.samples) == ("timed", 2)
+    assert call is not None
+    assert latency.prepare(contender(last_one), net, truth, SETTING)[0].state == "failed"
+
+
+def test_lower_precision_has_its_own_limit() -> None:
+    model, (x,) = make("mlp", batch=2)
+    truth = Truth.of(model, (x,), 1, ("fp32", "bf16"))
+
+    def rounded(model: nn.Module, x: Tensor, _: Setting) -> Runner:
+        return Runner(lambda x: lambda: model(x).bfloat16().float())
+    net = Network("dense", model, 1, 1)
+    assert latency.prepare(contender(rounded, precision="bf16"), net, truth, SETTING)[0].state == "timed"
+    assert latency.prepare(contender(rounded), net, truth, SETTING)[0].state == "failed"
 
 
 def test_a_contender_that_raises_is_failed_with_its_reason() -> None:
@@ -66,43 +114,212 @@ def test_a_contender_that_raises_is_failed_with_its_reason() -> None:
     assert (entry.state, entry.reason, call) == ("failed", "RuntimeError: no such kernel", None)
 
 
-def test_a_missing_contender_is_skipped_with_its_reason() -> None:
+def test_a_missing_or_too_slow_contender_is_skipped_with_its_reason() -> None:
     entry, call = latency.prepare(contender(wrong, unavailable=lambda _: "not installed: x"), *network(), SETTING)
     assert (entry.state, entry.reason, call) == ("skipped", "not installed: x", None)
+
+    def slow(model: nn.Module, x: Tensor, _: Setting) -> Runner:
+        return Runner(lambda x: lambda: (time.sleep(0.05), model(x))[1])
+    entry, call = latency.prepare(contender(slow), *network(), SETTING, cap=0.1)
+    assert (entry.state, call) == ("skipped", None)
+    assert "--cap" in entry.reason
+    assert latency.prepare(contender(slow), *network(), SETTING, cap=10)[0].state == "timed"
 
 
 def test_who_takes_part() -> None:
     on_cpu = [c.name for c in contenders(SETTING)]
-    on_gpu = [c.name for c in contenders(Setting(torch.device("cuda"), 1))]
+    on_gpu = [c.name for c in contenders(Setting(torch.device("cuda"), 1), backends=[b.name for b in BACKENDS])]
     assert on_cpu[0] == on_gpu[0] == "eager"
-    assert {"channels_last", "torch.compile, freezing", "ONNX Runtime", "OpenVINO f32"} <= set(on_cpu)
+    assert {"channels_last", "torch.compile, freezing", "ONNX Runtime", "OpenVINO f32", "OpenVINO bf16"} <= set(on_cpu)
     assert {"channels_last", "eager, CUDA graph", "torch.compile, max-autotune"} <= set(on_gpu)
-    assert "lowered, reference" in set(on_cpu) & set(on_gpu)
-    assert not [c.name for c in contenders(SETTING, compile=False) if "compile" in c.name]
+    assert "lowered, reference" in on_gpu
+    assert on_cpu[-1] == f"lowered, {OURS}"
+    assert [c.name for c in contenders(SETTING, ["onnxruntime"])] == ["eager", "ONNX Runtime", f"lowered, {OURS}"]
+    assert [c.name for c in contenders(SETTING, [], ["reference"])] == ["eager", "lowered, reference"]
+    assert {c.precision for c in contenders(SETTING) if c.key != "openvino-bf16"} == {"fp32"}
 
 
-def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# ---- networks ------------------------------------------------------------------------------------------------------
+
+
+def test_networks_of_the_table() -> None:
+    model, (x,) = make("fashion")
+    dense, half = networks("fashion", model, x)
+    assert (dense.name, half.name) == ("dense", "half")
+    assert [m.out_channels for m in half.module.modules() if isinstance(m, nn.Conv2d)] == [8, 8]
+    assert [m.out_features for m in half.module.modules() if isinstance(m, nn.Linear)] == [50, 10]
+    assert half.macs == 8 * 9 * 784 + 8 * 8 * 9 * 196 + 392 * 50 + 500
+    named = [n.name for n in networks("fashion", model, x, [0.5])]
+    assert named == ["dense", "50% MACs"]
+
+
+def test_odd_widths() -> None:
+    assert [odd(n) for n in (1, 2, 16, 64, 128, 256, 512)] == [1, 1, 9, 39, 77, 153, 307]
+    assert all(odd(n) % 2 == 1 and abs(odd(n) - 0.6 * n) <= 1 for n in range(2, 600))
+
+
+def test_targets() -> None:
+    assert len(TARGETS) == len({(row.model, row.network) for row in TARGETS}) == 13
+    row = wanted("vgg16_cifar", "odd")
+    assert row is not None
+    assert [row.limit(batch, threads) for batch, threads in ((1, 1), (64, 1), (8, 1), (1, 2))] == [0.65, 0.48, 1, 1]
+    assert wanted("vgg16_cifar", "50% MACs") is None
+
+
+# ---- cases and their file ------------------------------------------------------------------------------------------
+
+
+def case(ours: float, peer: float = 100.0, *, model: str = "fashion", batch: int = 1, threads: int = 1) -> Case:
+    """eager takes 500 µs, another peer ``peer``, one in bf16 10, this library ``ours``."""
+    def entry(who: Contender, time: float) -> Entry:
+        return Entry(who, "dense", row=Row(who.name, time, time, time, time, 10, 1))
+    eager, fast, narrow = PEERS["cpu"][0], PEERS["cpu"][3], PEERS["cpu"][5]
+    mine = Contender("cpu", "lowered, cpu", wrong, ours=True)
+    entries = (entry(eager, 500), entry(fast, peer), entry(narrow, 10), entry(mine, ours),
+               Entry(PEERS["cpu"][1], "dense", "failed", "for a reason"))
+    return Case(model, batch, threads, (Network("dense", nn.Identity(), 10**6, 1),), entries, peak=100.0)
+
+
+def test_ratio_is_to_the_fastest_fp32_peer() -> None:
+    ratio = case(50).ratio("dense")
+    assert ratio is not None
+    assert (ratio.value, ratio.peer, ratio.target) == (0.5, "ONNX Runtime", 0.80)
+    assert "MISSED" not in str(ratio)
+    assert "MISSED" in str(case(90).ratio("dense"))
+    assert "MISSED" not in str(case(90, threads=2).ratio("dense"))
+    assert case(50).ratio("dense", "bf16") is None
+    alone = case(50)
+    assert replace(alone, entries=alone.entries[-2:]).ratio("dense") is None
+
+
+def test_share_of_the_peak() -> None:
+    """A million multiply-accumulates in 50 µs are 40 GFLOP/s."""
+    entry = next(e for e in case(50).entries if e.contender.ours)
+    assert case(50).share(entry) == pytest.approx(0.4)
+    assert replace(case(50), batch=2).share(entry) == pytest.approx(0.8)
+    assert replace(case(50), peak=None).share(entry) is None
+
+
+FACTS = {"schema": SCHEMA, "sources": "a", "commit": "c", "device": "some", "cpus": 2, "versions": {"torch": "2"},
+         "settings": {"seconds": 1.0}, "cpu_capability": "AVX2", "date": "2026-01-31T00:00:00+00:00",
+         "peaks": {"1": {"gflops": 100.0, "by": "x"}}}
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    first = Results(path, FACTS)
+    first.add(case(50))
+    again = Results(path, {**FACTS, "commit": "d", "date": "later"}, resume=True)
+    assert ("fashion", 1, 1) in again
+    assert ("fashion", 1, 2) not in again
+    assert again.facts["date"] == FACTS["date"]
+    again.add(case(50, threads=2))
+    assert [c["threads"] for c in json.loads(path.read_text())["cases"]] == [1, 2]
+    assert ("fashion", 1, 1) not in Results(path, FACTS)
+    for key, value in {"sources": "b", "settings": {"seconds": 2.0}, "versions": {}}.items():
+        with pytest.raises(ValueError, match=f"another {key}"):
+            Results(path, {**FACTS, key: value}, resume=True)
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    found = Results(tmp_path / "r.json", FACTS)
+    for each in (case(50), case(80, batch=64), case(90, threads=2), case(130, threads=2, batch=64),
+                 case(20, model="lenet")):
+        found.add(each)
+    return found.path
+
+
+def test_table(results: Path) -> None:
+    text = table.markdown(table.Results(results))
+    head, _, fashion, lenet, *_ = [line for line in text.splitlines() if line.startswith("|")]
+    columns = ["1 thread, batch 1", "1 thread, batch 64", "2 threads, batch 1", "2 threads, batch 64"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["network", *columns]
+    assert [cell.strip() for cell in fashion.strip("|").split("|")] == [
+        "Fashion-MNIST network", "0.50 (0.80)", "**0.80** (0.70) ✗", "0.90 (1.00)", "**1.30** (1.00) ✗"]
+    assert [cell.strip() for cell in lenet.strip("|").split("|")] == ["LeNet", "0.20 (0.50)", "–", "–", "–"]
+    assert f"**{(0.5 * 0.8 * 0.2) ** (1 / 3):.2f}** (wanted 0.65), over 3 of the 26 entries; 2 targets missed" in text
+    assert "50.0 / 100 ONNX Runtime" in text
+
+
+def test_a_network_of_ours_that_failed_is_a_miss(tmp_path: Path) -> None:
+    found = Results(tmp_path / "r.json", FACTS)
+    whole = case(50)
+    found.add(replace(whole, entries=tuple(e for e in whole.entries if not e.contender.ours)))
+    assert "**none** (0.80) ✗" in table.markdown(table.Results(found.path))
+
+
+def test_readme_is_written_between_its_markers(results: Path, tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{table.BEGIN} -->\nold\n{table.END}\nafter\n")
+    assert latency.main(["--table", str(results), "--readme", str(readme)]) == 0
+    once = readme.read_text()
+    assert once.startswith("before\n" + table.BEGIN)
+    assert once.endswith(f"\n{table.END}\nafter\n")
+    assert "old" not in once
+    assert "Fashion-MNIST network" in once
+    assert "missed: Fashion-MNIST network, batch 64, 1 thread: 0.80 of ONNX Runtime, wanted 0.70" \
+        in capsys.readouterr().err
+    assert latency.main(["--table", str(results), "--readme", str(readme)]) == 0
+    assert readme.read_text() == once
+    readme.write_text("no markers\n")
+    assert latency.main(["--table", str(results), "--readme", str(readme)]) == 2
+    assert readme.read_text() == "no markers\n"
+
+
+def test_the_readme_has_its_markers() -> None:
+    text = (latency.ROOT / "README.md").read_text(encoding="utf-8")
+    assert "new" in table.insert(text, "new", "source")
+
+
+def test_tables_of_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"schema": 1, "cases": []}))
+    assert latency.main(["--table", str(old)]) == 2
+    assert "schema 1" in capsys.readouterr().err
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.machine.sources", lambda: "these")       # files may be edited while this runs
     out = tmp_path / "figures.json"
-    argv = ["--models", "mlp", "--batch", "1,2", "--macs", "0.5", "0.25", "--threads", "1", "--seconds", "0.01",
-            "--no-compile", "--out", str(out)]
-    assert latency.main(argv) == 0
-    shown, found = capsys.readouterr().out, json.loads(out.read_text())
+    before = torch.get_num_threads()
+    argv = ["--models", "mlp", "--batches", "1,2", "--macs", "0.5", "0.25", "--threads", "1", "--seconds", "0.01",
+            "--peers", "channels_last,onnxruntime,openvino-bf16", "--out", str(out)]
+    try:
+        assert latency.main(argv) == 0
+        shown, found = capsys.readouterr().out, json.loads(out.read_text())
+        stamp = out.stat().st_mtime_ns
+        assert latency.main([*argv, "--resume"]) == 0
+        assert out.stat().st_mtime_ns == stamp
+    finally:
+        torch.set_num_threads(before)
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
-    assert found["threads"] == 1
     assert found["versions"]["torch"] == torch.__version__
-    assert {"date", "commit", "device", "load_average_before"} <= set(found)
-    assert [(case["model"], case["batch"]) for case in found["cases"]] == [("mlp", 1), ("mlp", 2)]
-    for case in found["cases"]:
-        dense, half, quarter = case["networks"].values()
+    assert {"date", "commit", "sources", "device", "flags", "caches", "load_average_before"} <= set(found)
+    assert found["peaks"]["1"]["gflops"] > 1
+    assert [(c["model"], c["batch"], c["threads"]) for c in found["cases"]] == [("mlp", 1, 1), ("mlp", 2, 1)]
+    for each in found["cases"]:
+        dense, half, quarter = each["networks"].values()
         assert quarter["macs"] <= dense["macs"] / 4 <= half["macs"] <= dense["macs"] / 2
-        timed = [e for e in case["entries"] if e["state"] == "timed"]
+        timed = [e for e in each["entries"] if e["state"] == "timed"]
         assert {(e["contender"], e["network"]) for e in timed} >= {
-            (who, what) for who in ("eager", "channels_last", "lowered, reference") for what in case["networks"]}
+            (who, what) for who in ("eager", "channels_last", f"lowered, {OURS}") for what in each["networks"]}
         for entry in timed:
             assert 0 < entry["min_us"] <= entry["p20_us"] <= entry["p50_us"] <= entry["p80_us"] < math.inf
             assert entry["error"] <= entry["limit"]
-        assert all(entry["reason"] for entry in case["entries"] if entry["state"] != "timed")
-    assert "mlp, batch 2" in shown
+            assert 0 < entry["share_of_peak"] < 3
+        assert all(entry["reason"] for entry in each["entries"] if entry["state"] != "timed")
+        best = min(e["p50_us"] for e in timed if e["network"] == "dense" and not e["ours"] and e["precision"] == "fp32")
+        ours = next(e["p50_us"] for e in timed if e["network"] == "dense" and e["ours"])
+        assert dense["ratios"]["fp32"]["ratio"] == pytest.approx(ours / best, rel=1e-3)
+    assert "mlp, batch 2, 1 thread" in shown
     assert any(line.startswith("eager ") and "1.00" in line for line in shown.splitlines())
 
 
@@ -115,12 +332,58 @@ def test_no_device_is_an_exit_status_of_its_own(monkeypatch: pytest.MonkeyPatch,
     assert "nothing was measured" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--models", "ghost"], ["--batch", "0"], ["--seconds", "-1"]], ids=str)
+@pytest.mark.parametrize("argv", [["--models", "ghost"], ["--batch", "0"], ["--seconds", "-1"], ["--peers", "ghost"],
+                                  ["--device", "cpu", "--peers", "cuda-graph"], ["--backends", "ghost"],
+                                  ["--threads", "0"], ["--cap", "0"], ["--readme", "x"], ["--batches", "one"]], ids=str)
 def test_wrong_arguments(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         latency.main(argv)
     assert stop.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_defaults() -> None:
+    cpu, cuda = latency.parse([]), latency.parse(["--device", "cuda"])
+    assert set(cpu.models) == {row.model for row in TARGETS}
+    assert (cpu.macs, cuda.macs, cuda.models) == (None, (0.5,), ("fashion", "lenet", "mlp", "resnet20"))
+
+
+# ---- cost against channels -----------------------------------------------------------------------------------------
+
+
+def test_steps_are_beyond_the_added_multiply_accumulates() -> None:
+    assert smooth.steps({8: 64.0, 16: 256.0, 17: 289.0 * 1.2}) == pytest.approx({16: 0.0, 17: 0.2})
+    assert smooth.steps({8: 1.0}) == {}
+
+
+def test_smooth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, before = tmp_path / "s.json", torch.get_num_threads()
+    try:
+        assert smooth.main(["--channels", "3,5", "--peers", "eager", "--seconds", "0.01", "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    found = json.loads(out.read_text())
+    assert list(found["points"]) == ["3", "5"]
+    times = smooth.by_contender(found["points"])
+    assert set(times) == {"eager", f"lowered, {OURS}"}
+    assert all(time > 0 for each in times.values() for time in each.values())
+    assert "largest step" in capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):
+        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        out.with_suffix(".png").unlink()
+        assert smooth.main(["--plot", str(out)]) == 0
+        assert out.with_suffix(".png").is_file()
+
+
+def test_a_convolution_of_the_sweep() -> None:
+    net = smooth.convolution(5)
+    assert net.macs == 28 * 28 * 9 * 5 * 5
+    assert net.module(torch.zeros(1, 5, 28, 28)).shape == (1, 5, 28, 28)
+    args = argparse.Namespace(batch=2, peers=["eager"], backends=None, seconds=0.0)
+    assert [e.state for e in smooth.run_point(4, SETTING, args)] == ["timed", "timed"]
+
+
+# ---- order ---------------------------------------------------------------------------------------------------------
 
 
 def test_time_limit() -> None:
@@ -133,3 +396,55 @@ def test_time_limit() -> None:
         pass
     time.sleep(0.1)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signal stacks are looked at on Linux only")
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_leaves_the_signal_stack_as_it_was() -> None:
+    make_runner = PEERS["cpu"][4].make
+    before = signal_stack()
+    model, (x,) = make("mlp")
+    first = make_runner(model, x, SETTING)
+    second = make_runner(model, x, SETTING)
+    first.bind(x)()
+    assert signal_stack() == before
+    del first
+    gc.collect()
+    del second
+    gc.collect()
+    assert signal_stack() == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signal stacks are looked at on Linux only")
+def test_own_signal_stack_restores_what_was_there() -> None:
+    import ctypes
+
+    from bench.isolation import _Stack
+    before, memory = signal_stack(), ctypes.create_string_buffer(1 << 16)
+    with own_signal_stack():
+        other = _Stack(ctypes.addressof(memory), 0, len(memory))
+        assert ctypes.CDLL(None).sigaltstack(ctypes.byref(other), None) == 0
+        assert signal_stack() != before
+    assert signal_stack() == before
+
+
+def test_sources_are_known_by_their_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = b"a.py\0b.py\0"
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "_git", lambda *arguments: names)
+    (tmp_path / "a.py").write_text("1")
+    first = machine.sources()
+    assert first == machine.sources()
+    (tmp_path / "b.py").write_text("")
+    (tmp_path / "a.py").write_text("2")
+    assert machine.sources() != first
+
+
+def test_caches(tmp_path: Path) -> None:
+    for number, (level, kind, size) in enumerate([(1, "Data", "32K"), (1, "Instruction", "32K"), (2, "Unified", "1M")]):
+        folder = tmp_path / f"index{number}"
+        folder.mkdir()
+        for name, value in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(f"{value}\n")
+    assert machine.caches(tmp_path) == {"L1d": "32K", "L2": "1M"}
+    assert machine.caches(tmp_path / "none") == {}
