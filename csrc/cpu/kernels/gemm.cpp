@@ -11,8 +11,8 @@ namespace {
 
 // Input that is worked on with one panel of weights before the next one: stays in the second cache.
 constexpr int64_t kChunkBytes = 384 << 10;
-// Part of a panel that is used at once: as much as leaves room for the chunk.
-constexpr int64_t kPanelBytes = 256 << 10;
+// Depth that is summed up at once: its part of a panel stays in the second cache, and rounding errors stay small.
+constexpr int64_t kStretch = 512;
 constexpr int64_t kTaskMacs = 24000;
 
 struct Rows {             // of one chunk, in order over (image, position)
@@ -58,7 +58,7 @@ class Gemm final : public Op {
     chunk_ = chunk ? chunk : kChunkBytes / each;
     if (chunk_ < 4 * kMaxRows) chunk_ = 4 * kMaxRows;
     if (chunk_ > rows_) chunk_ = rows_ ? rows_ : 1;
-    block_depth_ = kPanelBytes / (kMaxVectors * kLanes * 4);
+    block_depth_ = kStretch;
     strips_ = 1;
     if (threads > 1) {
       const int64_t macs = rows_ * depth_ * outputs_ * groups_;

@@ -136,8 +136,15 @@ void tile(const Block& block) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v)
-      acc[r][v] = block.first ? zero() : load(block.partial + (r * NV + v) * kLanes);
+      acc[r][v] = zero();
   accumulate<MR, NV, W>(acc, block);
+  // Sums of stretches are added up, not carried on: rounding errors grow with the stretch, not with the whole depth.
+  if (!block.first) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] = add(acc[r][v], load(block.partial + (r * NV + v) * kLanes));
+  }
   if (!block.last) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)

@@ -256,19 +256,42 @@ class Builder:
                 self._halos[key] = widest(self._halos.get(key, halo), halo)
 
     def _cut_cats(self) -> None:
-        """Which producers write straight into their part of a concatenation."""
+        """Which producers write straight into their part of a concatenation; the last one that takes them has them.
+        A concatenation of neighbours there (DenseNet's grow by one layer at a time) is a part itself."""
         for step in reversed(self.program.steps):
             if step.op != "cat" or step.name in self.foreign:
                 continue
-            start = 0
+            axis, start = step.attributes["axis"], 0
+            if step.output.name not in self._cut and (whole := self._neighbours(step)) is not None:
+                self._cut_into(step.output, *whole)
+                continue
             for slot in step.inputs:
                 if self._may_cut(slot, step):
-                    self._cut[slot.name] = (step.output, step.attributes["axis"], start)
-                    key, own = (step.output.name, self.form(step.output)), (slot.name, self.form(slot))
-                    halos = [self._halos[k] for k in (key, own) if k in self._halos]
-                    if halos:
-                        self._halos[key] = widest(*halos)
-                start += self.shape(slot)[step.attributes["axis"]]
+                    self._cut_into(slot, step.output, axis, start)
+                start += self.shape(slot)[axis]
+
+    def _cut_into(self, slot: Slot, whole: Slot, axis: int, start: int) -> None:
+        self._cut[slot.name] = (whole, axis, start)
+        form = self.form(whole)
+        halo = self._halos.get((slot.name, form))
+        while halo is not None:                              # what holds it has room for its readers too
+            self._halos[whole.name, form] = halo = widest(self._halos.get((whole.name, form), halo), halo)
+            if whole.name not in self._cut:
+                break
+            whole = self._cut[whole.name][0]
+
+    def _neighbours(self, step: Step) -> tuple[Slot, int, int] | None:
+        """Where the inputs of a concatenation lie, if they lie in its order in another one already."""
+        axis, parts = step.attributes["axis"], [self._cut.get(slot.name) for slot in step.inputs]
+        first = parts[0] if parts else None
+        if first is None or step.output.name in self._outputs:
+            return None
+        whole, expected = first[0], first[2]
+        for slot, part in zip(step.inputs, parts, strict=True):
+            if part != (whole, axis, expected):
+                return None
+            expected += self.shape(slot)[axis]
+        return (whole, axis, first[2]) if self.form(whole) is self.form(step.output) else None
 
     def _may_cut(self, slot: Slot, cat: Step) -> bool:
         producer = self.producers.get(slot.name)
@@ -277,9 +300,16 @@ class Builder:
                 and [s.name for s in cat.inputs].count(slot.name) == 1 and slot.name not in self._outputs
                 and cat.attributes["axis"] < 2)
 
-    def is_cut(self, slot: Slot) -> bool:
-        """Whether it was written into its concatenation already."""
-        return slot.name in self._cut
+    def is_written(self, slot: Slot, cat: Step, start: int) -> bool:
+        """Whether a slot is in its part of a concatenation already."""
+        return self._root(slot, 0) == self._root(cat.output, start) if slot.name in self._cut else False
+
+    def _root(self, slot: Slot, start: int) -> tuple[str, int]:
+        """The outermost value that a position lies in, and where."""
+        while slot.name in self._cut:
+            slot, _, offset = self._cut[slot.name]
+            start += offset
+        return slot.name, start
 
     def _place(self, step: Step) -> None:
         if step.name in self.foreign:

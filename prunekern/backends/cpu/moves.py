@@ -89,7 +89,7 @@ class Cat:
         copies = 0
         for slot in step.inputs:
             size = builder.shape(slot)[axis]
-            if not builder.is_cut(slot) and size:
+            if not builder.is_written(slot, step, start) and size:
                 builder.emit("copy", x=axes(builder.read(slot)), y=axes(y.part(axis, start, size)))
                 copies += 1
             start += size
