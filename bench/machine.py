@@ -103,7 +103,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit(),
             "sources": sources(), "device": gpu or processor(), "cpu": processor(), "cpus": cpus(),
             "flags": instruction_sets(), "caches": caches(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "cuda": torch.version.cuda, "platform": platform.platform(), "versions": versions, "load_average_before": load_average()}
+            "cuda": torch.version.cuda, "platform": platform.platform(), "versions": versions,
+            "load_average_before": load_average()}
 
 
 def peaks(device: torch.device, threads: Iterable[int]) -> dict[str, Any]:
