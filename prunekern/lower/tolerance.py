@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 # In half precision the folded weights are rounded too, once more than torch's; deep networks amplify that.
-FACTOR = {"direct": 2.0, "direct half": 4.0}
+# Winograd's transforms add and scale before multiplying. Measured on 3x3 layers of 1...512 channels, with random and
+# with biased weights, on inputs with and without ReLU, against torch's own error of 1e-7 to 5e-7: F(2x2) up to 3.9
+# times that and 1.1e-6, F(4x4) up to 16 times and 4.1e-6, both growing with the channels.
+FACTOR = {"direct": 2.0, "direct half": 4.0, "winograd 2x2": 4.0, "winograd 4x4": 16.0}
 FLOOR = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 2e-6, torch.complex64: 2e-6,
           torch.float16: 2e-3, torch.bfloat16: 2e-2}
 

@@ -10,7 +10,7 @@ namespace PK_ISA {
 namespace {
 
 // What a block's V and M may take.
-constexpr int64_t kBlockBytes = 640 << 10;
+constexpr int64_t kBlockBytes = 256 << 10;
 // Fewer tiles than this would read the weights too often: one from memory costs as much as some dozen products.
 constexpr int64_t kFewestTiles = 24, kMostTiles = 168;
 constexpr int64_t kTaskProducts = 24000;
@@ -23,12 +23,11 @@ struct Position {
   int64_t image, row, column;
 };
 
-// Pixels of an image from some one of them on.
-struct Grid {
-  float* data;
-  int64_t row_stride, column_stride;
-
-  PK_INLINE float* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+// Where a tile's results go; rows and columns that there are from here on.
+struct Corner {
+  float* y;
+  const float* residual;
+  int64_t channel, rows, columns;
 };
 
 template <bool WHOLE>
@@ -52,6 +51,8 @@ class Winograd final : public Op {
     tile_rows_ = (y_.size[kH] + M - 1) / M;
     tile_columns_ = (y_.size[kW] + M - 1) / M;
     tiles_ = y_.size[kN] * tile_rows_ * tile_columns_;
+    for (int width = 1; width <= kMaxVectors; ++width)
+      for (int rows = 1; rows <= rows_for(width); ++rows) product_[width][rows] = product_of(rows, width);
     plan(f.threads(), f.integer("tiles", 0), f.integer("strips", 0));
   }
 
@@ -62,11 +63,12 @@ class Winograd final : public Op {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / strips_, strip = task % strips_;
       const int64_t first = block * tiles_ / blocks_, last = (block + 1) * tiles_ / blocks_;
-      if (block != transformed) input(run, first, last, v);
+      const Groups tiles = groups(last - first);
+      if (block != transformed) input(run, first, tiles, v);
       transformed = block;
       const int64_t from = strip * panels_ / strips_, to = (strip + 1) * panels_ / strips_;
-      products(v, m, last - first, from, to);
-      output(run, first, last, from, to, m);
+      products(v, m, tiles, from, to);
+      output(run, first, last - first, from, to, m);
     }
   }
 
@@ -75,7 +77,7 @@ class Winograd final : public Op {
 
   void plan(int64_t threads, int64_t tiles, int64_t strips) {
     const int64_t tile_bytes = 4 * kElements * kLanes * (channel_vectors_ + vectors_);
-    const int64_t most = tiles ? tiles : smaller(larger(kBlockBytes / tile_bytes, kFewestTiles), kMostTiles);
+    const int64_t most = tiles ? smaller(tiles, kMostTiles) : smaller(larger(kBlockBytes / tile_bytes, kFewestTiles), kMostTiles);
     blocks_ = (tiles_ + most - 1) / most;
     strips_ = strips ? smaller(strips, panels_) : 1;
     if (threads > 1 && !tiles && !strips) {
@@ -113,110 +115,128 @@ class Winograd final : public Op {
     ++p.image;
   }
 
-  // Tiles are laid out in groups of rows for `product`, as even as can be.
-  int64_t groups(int64_t tiles) const { return (tiles + block_rows_ - 1) / block_rows_; }
+  // Tiles of a block lie in groups of rows for `product`, as even as can be.
+  struct Groups {
+    int64_t count, start[kMostTiles + 1];
+  };
 
-  void input(const Run& run, int64_t first, int64_t last, float* v) const {
+  Groups groups(int64_t tiles) const {
+    Groups found;
+    found.count = (tiles + block_rows_ - 1) / block_rows_;
+    for (int64_t g = 0; g <= found.count; ++g) found.start[g] = g * tiles / found.count;
+    return found;
+  }
+
+  void input(const Run& run, int64_t first, const Groups& groups, float* v) const {
     const float* x = x_.at(run) - pad_h_ * x_.stride[kH] - pad_w_ * x_.stride[kW];
     Position p = position(first);
-    const int64_t tiles = last - first, count = groups(tiles);
-    for (int64_t g = 0, t = 0; g < count; ++g) {
-      const int64_t start = t, stop = (g + 1) * tiles / count;
-      for (; t < stop; ++t, step(p)) {
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t start = groups.start[g], rows = groups.start[g + 1] - start;
+      for (int64_t row = 0; row < rows; ++row, step(p)) {
         const int64_t h = p.row * M, w = p.column * M;
         const Patch patch{x + p.image * x_.stride[kN] + h * x_.stride[kH] + w * x_.stride[kW], x_.stride[kH],
                           x_.stride[kW], y_.size[kH] + 2 - h, y_.size[kW] + 2 - w};
-        float* to = v + (start * channel_vectors_ + t - start) * kLanes;
-        transform_input<M>(patch, channels_, to, v_plane_, (stop - start) * kLanes);
+        float* to = v + (start * channel_vectors_ + row) * kLanes;
+        transform_input<M>(patch, channels_, to, v_plane_, rows * kLanes);
       }
     }
   }
 
-  void products(const float* v, float* m, int64_t tiles, int64_t from, int64_t to) const {
-    const int64_t count = groups(tiles), begin = panel_start(from);
+  void products(const float* v, float* m, const Groups& groups, int64_t from, int64_t to) const {
+    const int64_t tiles = groups.start[groups.count];
     for (int64_t e = 0; e < kElements; ++e, v += v_plane_, m += m_plane_) {
-      const float* weight = weight_ + e * channels_ * vectors_ * kLanes;
+      const float* weight = weight_ + (e * vectors_ + panel_start(from)) * channels_ * kLanes;
+      float* c = m;
       for (int64_t panel = from; panel < to; ++panel) {
-        const int64_t start = panel_start(panel), width = panel_start(panel + 1) - start;
-        float* c = m + (start - begin) * tiles * kLanes;
-        for (int64_t g = 0, t = 0; g < count; ++g) {
-          const int64_t stop = (g + 1) * tiles / count;
-          product_of(stop - t, width)(v + t * channel_vectors_ * kLanes, weight + start * channels_ * kLanes,
-                                      c + t * width * kLanes, channels_);
-          t = stop;
+        const int64_t width = panel_start(panel + 1) - panel_start(panel);
+        for (int64_t g = 0; g < groups.count; ++g) {
+          const int64_t start = groups.start[g], rows = groups.start[g + 1] - start;
+          product_[width][rows](v + start * channel_vectors_ * kLanes, weight, c + start * width * kLanes, channels_);
         }
+        weight += width * channels_ * kLanes;
+        c += width * tiles * kLanes;
       }
     }
   }
 
-  void output(const Run& run, int64_t first, int64_t last, int64_t from, int64_t to, const float* m) const {
-    Position p = position(first);
-    for (int64_t t = 0; t < last - first; ++t, step(p)) {
-      for (int64_t panel = from; panel < to; ++panel) {
-        const int64_t start = panel_start(panel), width = panel_start(panel + 1) - start;
-        const float* c = m + ((start - panel_start(from)) * (last - first) + t * width) * kLanes;
-        for (int64_t v = 0; v < width; ++v) {
-          vec y[M][M];
-          transform_output<M>(c + v * kLanes, m_plane_, y);
-          finish_tile(run, p, (start + v) * kLanes, y);
-        }
-      }
+  void output(const Run& run, int64_t first, int64_t tiles, int64_t from, int64_t to, const float* m) const {
+    for (int64_t panel = from; panel < to; ++panel) {
+      const int64_t start = panel_start(panel), width = panel_start(panel + 1) - start;
+      Position p = position(first);
+      for (int64_t t = 0; t < tiles; ++t, step(p))
+        for (int64_t v = 0; v < width; ++v, m += kLanes) finish(run, p, (start + v) * kLanes, m);
     }
   }
 
-  void finish_tile(const Run& run, const Position& p, int64_t channel, vec (&y)[M][M]) const {
-    const int64_t h = p.row * M, w = p.column * M, left = outputs_ - channel;
+  // kLanes channels of a tile.
+  void finish(const Run& run, const Position& p, int64_t channel, const float* m) const {
+    const int64_t h = p.row * M, w = p.column * M;
     const View& r = epilogue_.residual;
-    const int64_t from = p.image * r.stride[kN] + h * r.stride[kH] + w * r.stride[kW] + channel;
-    const Grid residual{r.there ? r.at(run) + from : nullptr, r.stride[kH], r.stride[kW]};
-    const int64_t to = p.image * y_.stride[kN] + h * y_.stride[kH] + w * y_.stride[kW] + channel;
-    const Grid place{y_.at(run) + to, y_.stride[kH], y_.stride[kW]};
-    const bool whole = left >= kLanes && y_.size[kH] - h >= M && y_.size[kW] - w >= M;
-    if (whole) finish<true>(y, place, residual, channel, M, M);
-    else finish<false>(y, place, residual, channel, y_.size[kH] - h, y_.size[kW] - w);
+    Corner to{y_.at(run) + p.image * y_.stride[kN] + h * y_.stride[kH] + w * y_.stride[kW] + channel, nullptr,
+              channel, y_.size[kH] - h, y_.size[kW] - w};
+    if (r.there) to.residual = r.at(run) + p.image * r.stride[kN] + h * r.stride[kH] + w * r.stride[kW] + channel;
+    const bool whole = to.rows >= M && to.columns >= M && outputs_ - channel >= kLanes;
+    if (epilogue_.late) whole ? store_tile<true, Ending::late>(m, to) : store_tile<false, Ending::late>(m, to);
+    else if (r.there) whole ? store_tile<true, Ending::residual>(m, to) : store_tile<false, Ending::residual>(m, to);
+    else whole ? store_tile<true, Ending::plain>(m, to) : store_tile<false, Ending::plain>(m, to);
   }
 
-  // Elements (i, j) with i < rows and j < columns of a tile; without WHOLE also only the channels that there are.
-  template <bool WHOLE>
-  PK_INLINE void finish(vec (&y)[M][M], Grid to, Grid residual, int64_t channel, int64_t rows, int64_t columns) const {
-    const lanemask mask = pk::PK_ISA::first(outputs_ - channel);
-    const bool before = residual.data && !epilogue_.residual_last, after = residual.data && epilogue_.residual_last;
-    const vec bias = epilogue_.bias ? load(epilogue_.bias + channel) : zero();
-    const vec low = set(epilogue_.low), high = set(epilogue_.high);
+  // late: an activation that is a function of its own, with or without a residual.
+  enum class Ending { plain, residual, late };
+
+  // WHOLE: all elements and channels are there.
+  template <bool WHOLE, Ending ENDING>
+  __attribute__((noinline)) void store_tile(const float* m, const Corner& to) const {
+    vec t[M + 2][M];
+    transform_columns<M>(m, m_plane_, t);
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) {
-        vec x = add(y[i][j], bias);
-        if (before && (WHOLE || (i < rows && j < columns))) x = add(x, read<WHOLE>(residual.at(i, j), mask));
-        y[i][j] = clamp(x, low, high);
-      }
-    }
-    if (epilogue_.late) late(y);
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < M; ++j) {
-        if (!WHOLE && (i >= rows || j >= columns)) continue;
-        const vec x = after ? add(y[i][j], read<WHOLE>(residual.at(i, j), mask)) : y[i][j];
-        if (WHOLE) store(to.at(i, j), x);
-        else store(to.at(i, j), x, mask);
-      }
+      vec y[M];
+      transform_row<M>(t, i, y);
+      if (WHOLE || i < to.rows) store_row<WHOLE, ENDING>(y, i, to);
     }
   }
 
-  // Activations that are functions of their own, all of a tile's values in one call.
-  __attribute__((noinline)) void late(vec (&y)[M][M]) const {
-    float values[M * M * kLanes];
-    for (int i = 0; i < M * M; ++i) store(values + i * kLanes, y[i / M][i % M]);
-    activate_row(epilogue_.act, values, M * M * kLanes, epilogue_.constants);
-    for (int i = 0; i < M * M; ++i) y[i / M][i % M] = load(values + i * kLanes);
+  template <bool WHOLE, Ending ENDING>
+  PK_INLINE void store_row(vec (&y)[M], int64_t row, const Corner& to) const {
+    const View& r = epilogue_.residual;
+    const lanemask mask = first(outputs_ - to.channel);
+    const vec bias = epilogue_.bias ? load(epilogue_.bias + to.channel) : zero();
+    float* const place = to.y + row * y_.stride[kH];
+    const float* const residual = ENDING != Ending::plain && r.there ? to.residual + row * r.stride[kH] : nullptr;
+    vec extra[M];
+#pragma GCC unroll 4
+    for (int j = 0; j < M; ++j) {
+      extra[j] = zero();
+      if (residual && (WHOLE || j < to.columns)) extra[j] = read<WHOLE>(residual + j * r.stride[kW], mask);
+    }
+    const bool before = residual && !epilogue_.residual_last, after = residual && epilogue_.residual_last;
+#pragma GCC unroll 4
+    for (int j = 0; j < M; ++j) {
+      y[j] = add(y[j], bias);
+      if (before) y[j] = add(y[j], extra[j]);
+      y[j] = clamp(y[j], set(epilogue_.low), set(epilogue_.high));
+    }
+    if constexpr (ENDING == Ending::late) {
+      float values[M * kLanes];
+      for (int j = 0; j < M; ++j) store(values + j * kLanes, y[j]);
+      activate_row(epilogue_.act, values, M * kLanes, epilogue_.constants);
+      for (int j = 0; j < M; ++j) y[j] = load(values + j * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < M; ++j) {
+      if (!WHOLE && j >= to.columns) continue;
+      const vec x = after ? add(y[j], extra[j]) : y[j];
+      if (WHOLE) store(place + j * y_.stride[kW], x);
+      else store(place + j * y_.stride[kW], x, mask);
+    }
   }
 
   Epilogue epilogue_;
   View x_, y_;
   const float* weight_;
   int64_t pad_h_, pad_w_, channels_, outputs_, channel_vectors_, vectors_, panels_, block_rows_;
+  ProductFn product_[kMaxVectors + 1][kMaxRows + 1];
   int64_t tile_rows_, tile_columns_, tiles_, blocks_, strips_, v_plane_ = 0, m_plane_ = 0;
 };
 

@@ -61,10 +61,18 @@ struct Transform<4> {
     const vec even_b = add(m[3], m[4]), odd_b = sub(m[3], m[4]);
     y[0] = add(m[0], add(even_a, even_b));
     y[1] = fma(set(a), odd_a, mul(set(b), odd_b));
-    y[2] = fma(set(.5f), even_a, mul(set(2.f), even_b));
+    y[2] = fma(set(.5f), even_a, add(even_b, even_b));
     y[3] = fma(set(a * .5f), odd_a, fma(set(b * 2.f), odd_b, m[5]));
   }
 };
+
+// Keeps the compiler from working out beforehand where every element of a tile lies: dozens of addresses that it then
+// has no registers for.
+template <class T>
+PK_INLINE T* opaque(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
 
 // Where a tile's input lies. rows, columns: how many of its M + 2 are there; the others count as zeros.
 struct Patch {
@@ -75,17 +83,17 @@ struct Patch {
 
 // B^T d B of kLanes channels (those of the mask): element (i, j) goes to v + (i * (M + 2) + j) * plane.
 template <int M, int PART, bool EDGE>
-PK_INLINE void transform_part(const Patch& p, lanemask mask, bool whole, float* v, int64_t plane) {
+PK_INLINE void transform_part(const Patch& p, const float* x, lanemask mask, bool whole, float* v, int64_t plane) {
   using T = Transform<M>;
   vec t[M + 2][T::ROWS];
 #pragma GCC unroll 6
   for (int j = 0; j < M + 2; ++j) {
     vec d[M + 2];
+    const float* from = opaque(x + j * p.column_stride);
 #pragma GCC unroll 6
     for (int i = 0; i < M + 2; ++i) {
-      const float* x = p.x + i * p.row_stride + j * p.column_stride;
       if (EDGE && (i >= p.rows || j >= p.columns)) d[i] = zero();
-      else d[i] = whole ? load(x) : load(x, mask);
+      else d[i] = whole ? load(from + i * p.row_stride) : load(from + i * p.row_stride, mask);
     }
     T::template input<PART>(d, t[j]);
   }
@@ -96,47 +104,51 @@ PK_INLINE void transform_part(const Patch& p, lanemask mask, bool whole, float* 
     for (int j = 0; j < M + 2; ++j) d[j] = t[j][i];
     T::template input<0>(d, r);
     if constexpr (T::PARTS == 2) T::template input<1>(d, r + T::ROWS);
+    float* to = opaque(v + (PART * T::ROWS + i) * (M + 2) * plane);
 #pragma GCC unroll 6
-    for (int j = 0; j < M + 2; ++j) store(v + ((PART * T::ROWS + i) * (M + 2) + j) * plane, r[j]);
+    for (int j = 0; j < M + 2; ++j) store(to + j * plane, r[j]);
   }
 }
 
 template <int M, bool EDGE>
-PK_INLINE void transform_vector(const Patch& p, lanemask mask, bool whole, float* v, int64_t plane) {
-  transform_part<M, 0, EDGE>(p, mask, whole, v, plane);
-  if constexpr (Transform<M>::PARTS == 2) transform_part<M, 1, EDGE>(p, mask, whole, v, plane);
+PK_INLINE void transform_vector(const Patch& p, const float* x, lanemask mask, bool whole, float* v, int64_t plane) {
+  transform_part<M, 0, EDGE>(p, x, mask, whole, v, plane);
+  if constexpr (Transform<M>::PARTS == 2) transform_part<M, 1, EDGE>(p, x, mask, whole, v, plane);
 }
 
 // All channels of a tile; those of one vector are `step` floats from those of the next.
 template <int M>
-void transform_input(Patch p, int64_t channels, float* v, int64_t plane, int64_t step) {
+void transform_input(const Patch& p, int64_t channels, float* v, int64_t plane, int64_t step) {
   const bool edge = p.rows < M + 2 || p.columns < M + 2;
-  for (int64_t c = 0; c < channels; c += kLanes, p.x += kLanes, v += step) {
+  const float* x = p.x;
+  for (int64_t c = 0; c < channels; c += kLanes, x += kLanes, v += step) {
     const lanemask mask = first(channels - c);
-    if (edge) transform_vector<M, true>(p, mask, false, v, plane);
-    else if (channels - c >= kLanes) transform_vector<M, false>(p, mask, true, v, plane);
-    else transform_vector<M, false>(p, mask, false, v, plane);
+    if (edge) transform_vector<M, true>(p, x, mask, false, v, plane);
+    else if (channels - c >= kLanes) transform_vector<M, false>(p, x, mask, true, v, plane);
+    else transform_vector<M, false>(p, x, mask, false, v, plane);
   }
 }
 
-// A^T m A of kLanes channels: m + (i * (M + 2) + j) * plane holds element (i, j).
+// A^T m of kLanes channels, column by column: m + (i * (M + 2) + j) * plane holds element (i, j).
 template <int M>
-PK_INLINE void transform_output(const float* m, int64_t plane, vec (&y)[M][M]) {
-  vec t[M + 2][M];
+PK_INLINE void transform_columns(const float* m, int64_t plane, vec (&t)[M + 2][M]) {
 #pragma GCC unroll 6
   for (int j = 0; j < M + 2; ++j) {
     vec d[M + 2];
+    const float* from = opaque(m + j * plane);
 #pragma GCC unroll 6
-    for (int i = 0; i < M + 2; ++i) d[i] = load(m + (i * (M + 2) + j) * plane);
+    for (int i = 0; i < M + 2; ++i) d[i] = load(from + i * (M + 2) * plane);
     Transform<M>::output(d, t[j]);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) {
-    vec d[M + 2];
+}
+
+// Row i of A^T m A.
+template <int M>
+PK_INLINE void transform_row(const vec (&t)[M + 2][M], int i, vec (&y)[M]) {
+  vec d[M + 2];
 #pragma GCC unroll 6
-    for (int j = 0; j < M + 2; ++j) d[j] = t[j][i];
-    Transform<M>::output(d, y[i]);
-  }
+  for (int j = 0; j < M + 2; ++j) d[j] = t[j][i];
+  Transform<M>::output(d, y);
 }
 
 // c[row][NV * kLanes] = a b. a: [vector of channels][row][kLanes], so that every address below is one pointer and a

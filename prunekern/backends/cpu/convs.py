@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from prunekern.backends.cpu import winograd
 from prunekern.backends.cpu.builder import Builder, Need, Ref, image
 from prunekern.backends.cpu.geometry import Geometry, grid, runs
 from prunekern.backends.cpu.native import Field
@@ -109,6 +111,8 @@ def _ungrouped(geometry: Geometry) -> str | None:
 
 GEMM = Algorithm("implicit GEMM", Form.LAST, _any, emit_gemm)
 IM2COL = Algorithm("im2col", Form.LAST, _ungrouped, emit_im2col)
+WINOGRAD = [Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(winograd.emit, m),
+                      error=f"winograd {m}x{m}") for m in winograd.POINTS]
 
 
 # ---- which one -------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ IM2COL = Algorithm("im2col", Form.LAST, _ungrouped, emit_im2col)
 
 def algorithms() -> dict[str, Algorithm]:
     """Every way to run a convolution, by name; the last resort first."""
-    return {each.name: each for each in (GEMM, IM2COL)}
+    return {each.name: each for each in (GEMM, IM2COL, *WINOGRAD)}
 
 
 def candidates(geometry: Geometry) -> list[Algorithm]:
