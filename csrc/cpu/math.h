@@ -25,6 +25,8 @@ PK_INLINE void take_apart(vec x, vec* m, vec* e) {
   const vec down = _mm512_getexp_ps(x);  // of m in [1, 2)
   *e = select(greater(set(1.f), *m), add(down, set(1.f)), down);
 }
+// x * 2^n for whole n in [-250, 254].
+PK_INLINE vec scale_far(vec x, vec n) { return scale2(x, n); }
 #elif defined(__AVX2__) && defined(__FMA__)
 PK_INLINE vec copysign(vec size, vec sign) {
   const vec bit = _mm256_set1_ps(-0.f);
@@ -63,11 +65,14 @@ PK_INLINE void take_apart(vec x, vec* m, vec* e) {
 }
 #endif
 
-// x * 2^n for whole n in [-250, 254]: in two steps, so that neither factor overflows.
+#if !defined(__AVX512F__)
+// In two steps, so that neither factor overflows.
 PK_INLINE vec scale_far(vec x, vec n) {
   const vec half = round(mul(n, set(.5f)));
   return scale2(scale2(x, half), sub(n, half));
 }
+#endif
+
 
 // One function of the C library, lane by lane.
 template <typename F>
