@@ -33,8 +33,9 @@ check: $(READY) $(LINTERS)  ## lint and type-check
 fix: $(READY) $(LINTERS)  ## repair what the linter can repair
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## measure: latency table, then the pytest-benchmark suites
-	$(BIN)/python bench/latency.py --device cpu
+bench: $(READY)  ## measure: the table of targets, cost against channels, then the pytest-benchmark suites
+	$(BIN)/python bench/latency.py --device cpu --threads 1,2 --batches 1,8,64
+	$(BIN)/python bench/smooth.py
 	$(BIN)/python -m pytest bench --benchmark-only $(BENCH)
 
 # The machine's own Python, torch and triton: nothing is installed, and pytest may be missing.

@@ -84,7 +84,7 @@ def prepare(contender: Contender, net: Network, truth: Truth, setting: Setting,
         return Entry(contender, net.name, "skipped", reason), None
     try:
         runner = contender.make(net.module, truth.inputs[0], setting)
-        checked = truth.hold(runner, contender.precision)
+        checked = truth.hold(runner, contender)
     except Exception as error:      # whatever a runtime stumbles over is a result of the comparison, not its end
         first = (str(error) or "-").splitlines()[0]
         return Entry(contender, net.name, "failed", f"{type(error).__name__}: {first}"[:300]), None

@@ -96,6 +96,13 @@ def test_large_networks_are_verified_on_some_samples_the_last_one_among_them() -
     assert latency.prepare(contender(last_one), net, truth, SETTING)[0].state == "failed"
 
 
+def test_ours_is_held_to_less_than_peers_are() -> None:
+    def near(model: nn.Module, x: Tensor, _: Setting) -> Runner:
+        return Runner(lambda x: lambda: model(x) * (1 + 2e-5))
+    assert latency.prepare(contender(near), *network(), SETTING)[0].state == "timed"
+    assert latency.prepare(contender(near, ours=True), *network(), SETTING)[0].state == "failed"
+
+
 def test_lower_precision_has_its_own_limit() -> None:
     model, (x,) = make("mlp", batch=2)
     truth = Truth.of(model, (x,), 1, ("fp32", "bf16"))
