@@ -105,6 +105,7 @@ def draw(results: Mapping[str, Any]) -> bytes:
     import io
 
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
     figure = Figure(figsize=(9, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     ours = {entry["contender"] for entries in results["points"].values() for entry in entries if entry["ours"]}
@@ -120,6 +121,8 @@ def draw(results: Mapping[str, Any]) -> bytes:
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.set_xticks(range(min(counts) // 8 * 8, max(counts) + 8, 8))
+    below.yaxis.set_major_formatter(ScalarFormatter())
+    below.yaxis.set_minor_formatter(ScalarFormatter())
     above.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
