@@ -1,16 +1,20 @@
-// planar_conv: y = epilogue(conv(x, weight)) with pixels in the lanes (planar.h), and optionally a pooling of that.
+// planar_conv: y = epilogue(conv(x, weight)) with pixels in the lanes (planar.h).
 //
 // Fields: views x, y (and residual, of y's arrangement); kernel, stride, dilation, pad [2]; groups; blocks: output
 // channels of each block, in order, none across a border of groups; weight: for each block [C / groups, kh, kw, block];
-// the epilogue's (the bias needs no padding). x: stride w = 1, rows at least as far apart as the output is wide, zeros
-// around it as far as the padding reaches; or stride n = 1 (then of y too). Up to 64 bytes beyond what the convolution
-// needs are read (not used). rows: output rows of a task (0: the kernel chooses).
-// With pool_kind (1 max, 2 average): y is the pooled result, size [2] that of the convolution; pool_kernel,
-// pool_stride, pool_pad, pool_dilation [2], pool_count_include_pad, pool_divisor.
+// the epilogue's (the bias needs no padding); pitch [2]: elements of x from a row to the next and from a column to the
+// next (Views lack those of axes of size 1). x has zeros around it as far as the padding reaches, and up to 64 bytes
+// beyond what the convolution needs are read (not used). It and y have stride w = 1; any other x, and one with a
+// stride, is copied into scratch first. images = 1: the lanes are images; x, y and the residual have stride n = 1.
+// rows: rows of y of a task (0: the kernel chooses).
+// pool: 1 maximum, 2 average: y is pooled 2 x 2 with stride 2, in registers; for a clamp as activation and no residual,
+// with blocks of at most 6 channels (2 where there are 16 registers).
+//
+// planar_pool: views x, y; kind (1 maximum, 2 average), kernel, stride, pad, dilation [2], count_include_pad, divisor
+// (0: the window's size); images as above. Reads up to 128 bytes beyond x, not used.
 #include "planar.h"
 
 #include "../math.h"
-#include "planar_pool.h"
 
 namespace pk {
 namespace PK_ISA {
@@ -42,6 +46,31 @@ void Band::cut_rows(int64_t width, Pitch in, Pitch out, Pitch other) {
   piece[vectors] = int32_t(count);
 }
 
+void Band::cut_quads(int64_t width, int64_t images, Pitch in, Pitch out) {
+  constexpr int64_t kHalf = kLanes / 2;
+  const bool split = images == 0;   // results have half of their lanes from a pair of vectors, half from another
+  const int64_t across = split ? ceil_div(width, kHalf) : width * ceil_div(images, kLanes);
+  const int64_t pairs = rows / 2 * across, quads = split ? ceil_div(pairs, 2) : pairs;
+  vectors = 4 * quads;
+  x.make(vectors);
+  piece.make(quads + 1);
+  pieces.make(2 * quads);
+  int64_t count = 0;
+  for (int64_t q = 0; q < quads; ++q) {
+    piece[q] = int32_t(count);
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t pair = split ? least(2 * q + i, pairs - 1) : q, r = pair / across, at = pair % across;
+      const int64_t c = split ? at * kHalf : at % width, n = split ? 0 : at / width * kLanes;
+      x[4 * q + i] = int32_t(2 * r * in.h + (split ? 2 * c : 2 * c + i) * in.w + n);
+      x[4 * q + 2 + i] = int32_t(x[4 * q + i] + in.h);
+      if (split ? 2 * q + i >= pairs : i > 0) continue;
+      const int64_t lanes = split ? least(kHalf, width - c) : least(kLanes, images - n), from = split ? i * kHalf : 0;
+      pieces[count++] = Piece{int32_t(r * out.h + c * out.w + n - from), 0, uint32_t(((1ull << lanes) - 1) << from)};
+    }
+  }
+  piece[quads] = int32_t(count);
+}
+
 void Band::cut_images(int64_t width, int64_t images, Pitch in, Pitch out, Pitch other) {
   const int64_t blocks = ceil_div(images, kLanes);
   vectors = rows * width * blocks;
@@ -49,7 +78,8 @@ void Band::cut_images(int64_t width, int64_t images, Pitch in, Pitch out, Pitch 
   piece.make(vectors + 1);
   pieces.make(vectors);
   for (int64_t i = 0; i < vectors; ++i) {
-    const int64_t b = i % blocks, c = i / blocks % width, r = i / blocks / width, n = least(kLanes, images - b * kLanes);
+    const int64_t b = i % blocks, c = i / blocks % width, r = i / blocks / width;
+    const int64_t n = least(kLanes, images - b * kLanes);
     x[i] = int32_t(r * in.h + c * in.w + b * kLanes);
     piece[i] = int32_t(i);
     pieces[i] = Piece{int32_t(r * out.h + c * out.w + b * kLanes), int32_t(r * other.h + c * other.w + b * kLanes),
@@ -91,12 +121,21 @@ using Tile = void (*)(const Block&, int64_t first);
 
 // [channels - 1][vectors - 1]; beyond what a tile may have, its longest.
 #define PK_TILE(C, V) tile<C, (V < longest(C) ? V : longest(C))>
-#define PK_TILES(C)                                                                                 \
-  {PK_TILE(C, 1), PK_TILE(C, 2), PK_TILE(C, 3), PK_TILE(C, 4), PK_TILE(C, 5), PK_TILE(C, 6), PK_TILE(C, 7), PK_TILE(C, 8)}
+#define PK_TILES(C)                                                   \
+  {PK_TILE(C, 1), PK_TILE(C, 2), PK_TILE(C, 3), PK_TILE(C, 4), \
+   PK_TILE(C, 5), PK_TILE(C, 6), PK_TILE(C, 7), PK_TILE(C, 8)}
 const Tile kTiles[kWidest][kLongest] = {
     PK_TILES(1), PK_TILES(2), PK_TILES(3), PK_TILES(4), PK_TILES(5), PK_TILES(6),
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
     PK_TILES(7), PK_TILES(8), PK_TILES(9),
+#endif
+};
+
+#define PK_QUADS(C) {quad<C, false, false>, quad<C, false, true>, quad<C, true, false>, quad<C, true, true>}
+const Tile kQuads[kQuadWidest][4] = {  // [channels - 1][2 average + images]
+    PK_QUADS(1), PK_QUADS(2),
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+    PK_QUADS(3), PK_QUADS(4), PK_QUADS(5), PK_QUADS(6),
 #endif
 };
 
@@ -137,7 +176,7 @@ void take(const float* x, int64_t pitch, int64_t stride, int64_t count, float* y
     return;
   }
   if (pitch == 1 && stride == 2)
-    for (; j + kLanes < count; j += kLanes) store(y + j, evens(load(x + 2 * j), load(x + 2 * j + kLanes)));
+    for (; j + kLanes <= count; j += kLanes) store(y + j, evens(load(x + 2 * j), load(x + 2 * j + kLanes)));
   for (; j < count; ++j) y[j] = x[j * stride * pitch];
 }
 
@@ -148,58 +187,33 @@ class PlanarConv final : public Op {
   void run(const Run& run, int64_t begin, int64_t end) const override;
 
  private:
+  void read(const Fields& f);
+  void check() const;
   void cut(int64_t threads, int64_t wanted);
   void address();
   void split(const float* x, const Band& band, float* to) const;
-  void pool(const Run& run, int64_t n, int64_t band, int64_t channel, int64_t channels, const float* plane) const;
+  void run_block(Block& b, int64_t channels) const;
 
   View x_, y_;
   Epilogue epilogue_;
-  Window window_;
   const float *weight_, *bias_;
   Array<float> no_bias_;
   const int64_t* blocks_;
-  int64_t block_count_ = 0, groups_, kernel_[2], stride_[2], dilation_[2], pad_[2], out_[2];
-  bool images_, strided_, pooled_;         // lanes are images; phases are taken apart first; pooled after
-  int64_t channels_, depth_;               // of a group, input; taps of an output
-  Pitch in_;                               // of what tiles read
-  int64_t plane_ = 0, group_ = 0;          // strided: elements of a phase; a group's input channels
-  int64_t sums_at_ = 0, line_at_ = 0, sums_plane_ = 0;  // pooled: bytes into scratch; elements of a channel
+  int64_t block_count_ = 0, groups_, pool_, kernel_[2], stride_[2], dilation_[2], pad_[2];
+  int64_t out_[2];                       // rows and columns, before pooling
+  bool images_, strided_;                // lanes are images; phases are taken apart first
+  int64_t channels_, depth_;             // of a group: input channels; taps of an output
+  Pitch in_;                             // of what tiles read, from an output pixel to the next
+  int64_t plane_ = 0, group_ = 0;        // strided: elements of a phase; elements of a group's input channels
   Phases rows_, columns_;
   Array<int32_t> taps_;
   int64_t band_count_ = 0;
   Band* bands_ = nullptr;
-  Array<int64_t> pool_row_;                // [band_count_ + 1]
 };
 
-PlanarConv::PlanarConv(const Fields& f)
-    : x_(f.view("x")), y_(f.view("y")), epilogue_(Epilogue::of(f)), weight_(f.address<float>("weight")) {
-  f.copy("kernel", 2, kernel_);
-  f.copy("stride", 2, stride_);
-  f.copy("dilation", 2, dilation_);
-  f.copy("pad", 2, pad_);
-  groups_ = f.integer("groups", 1);
-  blocks_ = f.list("blocks", &block_count_);
-  pooled_ = f.integer("pool_kind", 0) != 0;
-  if (pooled_) f.copy("size", 2, out_);
-  else out_[0] = y_.size[kH], out_[1] = y_.size[kW];
-  channels_ = x_.size[kC] / groups_;
-  depth_ = channels_ * kernel_[0] * kernel_[1];
-  images_ = x_.stride[kW] != 1 && x_.stride[kN] == 1;
-  strided_ = !images_ && (stride_[0] > 1 || stride_[1] > 1 || x_.stride[kW] != 1);
-  int64_t sum = 0;
-  for (int64_t i = 0; i < block_count_; ++i) {
-    if (blocks_[i] < 1 || blocks_[i] > kWidest) fail("planar_conv: a block is too wide");
-    sum += blocks_[i];
-  }
-  if (sum != y_.size[kC]) fail("planar_conv: blocks do not add up to the output channels");
-  if (!images_ && y_.stride[kW] != 1) fail("planar_conv: x and y must be arranged alike");
-  if (images_ && (y_.stride[kN] != 1 || pooled_)) fail("planar_conv: y must have images in its lanes, and no pooling");
-  if (pooled_) {
-    if (epilogue_.residual.there) fail("planar_conv: a residual cannot be pooled");
-    window_ = Window::of(f, true);
-    for (int a = 0; a < 2; ++a) window_.in[a] = out_[a], window_.out[a] = y_.size[kH + a];
-  }
+PlanarConv::PlanarConv(const Fields& f) : x_(f.view("x")), y_(f.view("y")), epilogue_(Epilogue::of(f)) {
+  read(f);
+  check();
   if (strided_) {
     rows_.make(kernel_[0], dilation_[0], stride_[0]);
     columns_.make(kernel_[1], dilation_[1], stride_[1]);
@@ -207,44 +221,70 @@ PlanarConv::PlanarConv(const Fields& f)
   } else {
     in_ = Pitch{x_.stride[kH] * stride_[0], x_.stride[kW] * stride_[1]};
     if (out_[0] == 1) in_.h = most(in_.h, out_[1]);
-    if (!images_ && in_.h < out_[1]) fail("planar_conv: x's rows are nearer than the output is wide");
   }
-  no_bias_.make(y_.size[kC]);
-  bias_ = epilogue_.bias ? epilogue_.bias : no_bias_.data;
   cut(f.threads(), f.integer("rows", 0));
   address();
 }
 
+void PlanarConv::read(const Fields& f) {
+  f.copy("kernel", 2, kernel_);
+  f.copy("stride", 2, stride_);
+  f.copy("dilation", 2, dilation_);
+  f.copy("pad", 2, pad_);
+  int64_t pitch[2];
+  f.copy("pitch", 2, pitch);
+  x_.stride[kH] = pitch[0];
+  x_.stride[kW] = pitch[1];
+  weight_ = f.address<float>("weight");
+  groups_ = f.integer("groups", 1);
+  blocks_ = f.list("blocks", &block_count_);
+  images_ = f.integer("images", 0) != 0;
+  pool_ = f.integer("pool", 0);
+  for (int a = 0; a < 2; ++a) out_[a] = y_.size[kH + a] * (pool_ ? 2 : 1);
+  channels_ = x_.size[kC] / groups_;
+  depth_ = channels_ * kernel_[0] * kernel_[1];
+  strided_ = !images_ && (stride_[0] > 1 || stride_[1] > 1 || pitch[1] != 1 || (out_[0] > 1 && pitch[0] < out_[1]));
+  no_bias_.make(y_.size[kC]);
+  bias_ = epilogue_.bias ? epilogue_.bias : no_bias_.data;
+}
+
+void PlanarConv::check() const {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < block_count_; ++i) {
+    if (blocks_[i] < 1 || blocks_[i] > (pool_ ? kQuadWidest : kWidest)) fail("planar_conv: no tile is that wide");
+    sum += blocks_[i];
+  }
+  if (sum != y_.size[kC]) fail("planar_conv: blocks do not add up to the output channels");
+  const int lanes = images_ ? kN : kW;
+  if (y_.stride[lanes] != 1 && y_.size[lanes] > 1) fail("planar_conv: y's lanes must be next to each other");
+  if (images_ && x_.stride[kN] != 1 && x_.size[kN] > 1) fail("planar_conv: x's images must be next to each other");
+  if (pool_ && (epilogue_.late || epilogue_.residual.there)) fail("planar_conv: this cannot be pooled in registers");
+}
+
 // Bands: few large ones for one thread, several tasks for each of more.
 void PlanarConv::cut(int64_t threads, int64_t wanted) {
-  const int64_t images = images_ ? 1 : x_.size[kN], rows = pooled_ ? window_.out[0] : out_[0];
-  const int64_t all = images * y_.size[kC] * depth_ * out_[0] * out_[1] * (images_ ? x_.size[kN] : 1);
-  const int64_t pieces = threads == 1 ? 1 : most(1, least(4 * threads, all / 20000));
-  int64_t each = wanted ? wanted : ceil_div(rows, ceil_div(pieces, images));
+  const int64_t images = images_ ? 1 : x_.size[kN], rows = y_.size[kH], scale = pool_ ? 2 : 1;
+  const int64_t macs = x_.size[kN] * y_.size[kC] * depth_ * out_[0] * out_[1];
+  const int64_t pieces = threads == 1 ? 1 : most(1, least(4 * threads, macs / 20000));
+  const int64_t each = wanted ? wanted : ceil_div(rows, ceil_div(pieces, most(1, images)));
   band_count_ = ceil_div(rows, each);
   bands_ = new Band[size_t(band_count_)];
-  pool_row_.make(band_count_ + 1);
+  const Pitch y{y_.stride[kH], images_ ? y_.stride[kW] : 1};
+  const View& other = epilogue_.residual;
+  const Pitch residual = other.there ? Pitch{other.stride[kH], other.stride[kW]} : y;
   for (int64_t i = 0; i < band_count_; ++i) {
     Band& band = bands_[i];
-    const int64_t first = i * each, end = least(rows, first + each);
-    pool_row_[i] = first;
-    pool_row_[i + 1] = end;
-    band.row = pooled_ ? most(0, first * window_.stride[0] - window_.pad[0]) : first;
-    const int64_t last = pooled_ ? (end - 1) * window_.stride[0] - window_.pad[0] +
-                                       (window_.kernel[0] - 1) * window_.dilation[0] + 1
-                                 : end;
-    band.rows = least(last, out_[0]) - band.row;
-    const Pitch y = pooled_ ? in_ : Pitch{y_.stride[kH], y_.stride[kW]};
-    const Pitch residual = epilogue_.residual.there
-                               ? Pitch{epilogue_.residual.stride[kH], epilogue_.residual.stride[kW]} : y;
-    if (images_) band.cut_images(out_[1], x_.size[kN], in_, y, residual);
+    band.row = i * each;
+    band.rows = scale * least(each, rows - band.row);
+    if (pool_) band.cut_quads(y_.size[kW], images_ ? x_.size[kN] : 0, in_, y);
+    else if (images_) band.cut_images(out_[1], x_.size[kN], in_, y, residual);
     else band.cut_rows(out_[1], in_, y, residual);
-    plane_ = most(plane_, (band.rows + (strided_ ? rows_.furthest() : 0)) * in_.h);
+    if (strided_) plane_ = most(plane_, (band.rows + rows_.furthest()) * in_.h);
   }
   tasks = images * band_count_;
 }
 
-// Where each tap lies, and what scratch holds: phases, a block's sums, a pooling's line.
+// Where each tap lies, from the first one of the band's first pixel.
 void PlanarConv::address() {
   taps_.make(depth_);
   int64_t k = 0;
@@ -258,14 +298,7 @@ void PlanarConv::address() {
         taps_[k++] = int32_t(at);
       }
   group_ = strided_ ? channels_ * rows_.count * columns_.count * plane_ : channels_ * x_.stride[kC];
-  const auto line_up = [](int64_t bytes) { return (bytes + 127) / 64 * 64; };
-  if (strided_) scratch = line_up(groups_ * group_ * 4);
-  if (!pooled_) return;
-  sums_at_ = scratch;
-  sums_plane_ = plane_;
-  scratch += line_up(kWidest * sums_plane_ * 4);
-  line_at_ = scratch;
-  scratch += line_up(window_.scratch() * 4);
+  if (strided_) scratch = 4 * groups_ * group_ + 2 * 64;
 }
 
 // The phases of the input rows that a band needs, from tap (0, 0) of its first pixel on.
@@ -279,80 +312,83 @@ void PlanarConv::split(const float* x, const Band& band, float* to) const {
                x_.stride[kW], stride_[1], out_[1] + columns_.reach[j], to + r * in_.h);
 }
 
-void PlanarConv::pool(const Run& run, int64_t n, int64_t band, int64_t channel, int64_t channels,
-                      const float* plane) const {
-  float* line = reinterpret_cast<float*>(run.scratch + line_at_);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t r = pool_row_[band]; r < pool_row_[band + 1]; ++r)
-      pool_row(window_, plane + c * sums_plane_, bands_[band].row, in_.h, r,
-               y_.at(run) + n * y_.stride[kN] + (channel + c) * y_.stride[kC] + r * y_.stride[kH], line);
+void PlanarConv::run_block(Block& b, int64_t channels) const {
+  const int64_t vectors = b.band->vectors;
+  if (pool_) {
+    const Tile tile = kQuads[channels - 1][2 * (pool_ == 2) + images_];
+    for (int64_t first = 0; first < vectors; first += 4) tile(b, first);
+    return;
+  }
+  const int64_t tiles = ceil_div(vectors, longest(int(channels)));
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = vectors * t / tiles, count = vectors * (t + 1) / tiles - first;
+    kTiles[channels - 1][count - 1](b, first);
+  }
 }
 
 void PlanarConv::run(const Run& run, int64_t begin, int64_t end) const {
   const View& other = epilogue_.residual;
+  const int64_t group_channels = y_.size[kC] / groups_;
+  Block b;
+  b.taps = taps_.data;
+  b.depth = depth_;
+  b.y_channel = y_.stride[kC];
+  b.residual_channel = other.stride[kC];
+  b.epilogue = &epilogue_;
+  b.quick = !epilogue_.late && !(other.there && epilogue_.residual_last) && epilogue_.high == __builtin_inff();
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t n = task / band_count_, which = task % band_count_;
-    const Band& band = bands_[which];
-    const float* x = x_.at(run) + n * x_.stride[kN] + (band.row * stride_[0] - pad_[0]) * x_.stride[kH] -
-                     pad_[1] * x_.stride[kW];
+    const int64_t n = task / band_count_;
+    const Band& band = bands_[task % band_count_];
+    const float* x = x_.at(run) + n * x_.stride[kN] - pad_[1] * x_.stride[kW] +
+                     (band.row * (pool_ ? 2 : 1) * stride_[0] - pad_[0]) * x_.stride[kH];
     if (strided_) {
       split(x, band, reinterpret_cast<float*>(run.scratch));
       x = reinterpret_cast<float*>(run.scratch);
     }
-    float* const sums = reinterpret_cast<float*>(run.scratch + sums_at_);
-    Block b;
-    b.taps = taps_.data;
-    b.depth = depth_;
-    b.weight = weight_;
-    b.y_channel = pooled_ ? sums_plane_ : y_.stride[kC];
-    b.residual_channel = other.stride[kC];
+    float* const y = y_.at(run) + n * y_.stride[kN] + band.row * y_.stride[kH];
+    const float* const residual =
+        other.there ? other.at(run) + n * other.stride[kN] + band.row * other.stride[kH] : nullptr;
     b.band = &band;
-    b.epilogue = &epilogue_;
-    b.quick = !epilogue_.late && !(other.there && epilogue_.residual_last) && epilogue_.high == __builtin_inff();
-    const int64_t group_channels = y_.size[kC] / groups_;
-    int64_t channel = 0;
-    for (int64_t i = 0; i < block_count_; channel += blocks_[i++]) {
+    b.weight = weight_;
+    for (int64_t i = 0, channel = 0; i < block_count_; channel += blocks_[i++]) {
       b.x = x + channel / group_channels * group_;
       b.bias = bias_ + channel;
-      b.y = pooled_ ? sums
-                    : y_.at(run) + n * y_.stride[kN] + channel * y_.stride[kC] + band.row * y_.stride[kH];
-      b.residual = other.there ? other.at(run) + n * other.stride[kN] + channel * other.stride[kC] +
-                                     band.row * other.stride[kH]
-                               : nullptr;
-      const int64_t channels = blocks_[i], tiles = ceil_div(band.vectors, longest(int(channels)));
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t first = band.vectors * t / tiles, count = band.vectors * (t + 1) / tiles - first;
-        kTiles[channels - 1][count - 1](b, first);
-      }
-      b.weight += depth_ * channels;
-      if (pooled_) pool(run, n, which, channel, channels, sums);
+      b.y = y + channel * y_.stride[kC];
+      b.residual = residual ? residual + channel * other.stride[kC] : nullptr;
+      run_block(b, blocks_[i]);
+      b.weight += depth_ * blocks_[i];
     }
   }
 }
 
 class PlanarPool final : public Op {
  public:
-  explicit PlanarPool(const Fields& f) : x_(f.view("x")), y_(f.view("y")), window_(Window::of(f, false)) {
+  explicit PlanarPool(const Fields& f) : x_(f.view("x")), y_(f.view("y")), window_(Window::of(f)) {
     for (int a = 0; a < 2; ++a) window_.in[a] = x_.size[kH + a], window_.out[a] = y_.size[kH + a];
-    if (x_.stride[kW] != 1 || y_.stride[kW] != 1) fail("planar_pool: x and y must have stride 1 along w");
-    planes_ = x_.size[kN] * x_.size[kC];
-    const int64_t work = planes_ * window_.out[0] * window_.out[1] * window_.kernel[0] * window_.kernel[1];
+    images_ = f.integer("images", 0) != 0;
+    const int lanes = images_ ? kN : kW;
+    if ((x_.stride[lanes] != 1 && x_.size[lanes] > 1) || (y_.stride[lanes] != 1 && y_.size[lanes] > 1))
+      fail("planar_pool: lanes must be next to each other");
+    planes_ = images_ ? x_.size[kC] : x_.size[kN] * x_.size[kC];
+    const int64_t work = y_.size[kN] * y_.size[kC] * y_.size[kH] * y_.size[kW] * window_.kernel[0] * window_.kernel[1];
     tasks = f.threads() == 1 ? 1 : most(1, least(least(planes_, 4 * f.threads()), work / 40000));
     scratch = window_.scratch() * 4;
   }
   void run(const Run& run, int64_t begin, int64_t end) const override {
     const int64_t channels = x_.size[kC];
+    const Pitch in{x_.stride[kH], x_.stride[kW]}, out{y_.stride[kH], y_.stride[kW]};
     for (int64_t p = planes_ * begin / tasks; p < planes_ * end / tasks; ++p) {
       const float* x = x_.at(run) + p / channels * x_.stride[kN] + p % channels * x_.stride[kC];
       float* y = y_.at(run) + p / channels * y_.stride[kN] + p % channels * y_.stride[kC];
-      for (int64_t r = 0; r < window_.out[0]; ++r)
-        pool_row(window_, x, 0, x_.stride[kH], r, y + r * y_.stride[kH], reinterpret_cast<float*>(run.scratch));
+      if (images_) pool_images(window_, x, in, y, out, x_.size[kN]);
+      else pool_plane(window_, x, in.h, y, out.h, reinterpret_cast<float*>(run.scratch));
     }
   }
 
  private:
   View x_, y_;
   Window window_;
+  bool images_;
   int64_t planes_;
 };
 

@@ -8,18 +8,19 @@
 #pragma once
 
 #include "../epilogue.h"
-#include "planar_lanes.h"
+#include "planar_pool.h"
 
 namespace pk {
 namespace PK_ISA {
 namespace planar {
 
 constexpr int kWidest = kRegisters == 32 ? 9 : 6;    // output channels of a block
+constexpr int kQuadWidest = kRegisters == 32 ? 6 : 2;  // of one whose tile is a quad
 constexpr int kLongest = 8;                          // vectors of a tile, at most
 
 // How many vectors go with a block of `channels`: accumulators, vectors read and one weight fill the registers.
 constexpr int longest(int channels) {
-  if (kRegisters == 16) return channels == 1 ? 6 : channels == 2 ? 4 : channels == 3 ? 3 : 2;
+  if (kRegisters == 16) return channels == 1 ? 6 : channels == 2 ? 4 : channels <= (kLanes == 8 ? 4 : 3) ? 3 : 2;
   return channels <= 2 ? 8 : channels <= 4 ? 6 : channels == 5 ? 5 : channels == 6 ? 4 : 3;
 }
 
@@ -29,12 +30,7 @@ struct Piece {
   uint32_t lanes;
 };
 
-// Where one lane axis lies: elements from an output row to the next, and from an output pixel to the next.
-struct Pitch {
-  int64_t h, w;
-};
-
-// Output rows [row, row + rows) of an image, cut into vectors.
+// `rows` rows of the convolution, cut into vectors; they become rows of y from `row` on.
 struct Band {
   int64_t row = 0, rows = 0;
   int64_t vectors = 0;
@@ -46,6 +42,10 @@ struct Band {
   void cut_rows(int64_t width, Pitch x, Pitch y, Pitch residual);
   // Lanes are images of the batch.
   void cut_images(int64_t width, int64_t images, Pitch x, Pitch y, Pitch residual);
+  // For pooling 2 x 2 in registers to rows of `width`: quads of vectors, two of an upper row and the two below them.
+  // images = 0: lanes are pixels; the first two and the others' two give half of the results' lanes each. Else lanes
+  // are images. `piece` counts quads.
+  void cut_quads(int64_t width, int64_t images, Pitch x, Pitch y);
 };
 
 // A block of output channels over a band.
@@ -128,9 +128,47 @@ void tile(const Block& b, int64_t first) {
     for (int32_t p = piece[v]; p < piece[v + 1]; ++p) {
       const lanemask lanes = from_bits(band.pieces[p].lanes);
       float* y = b.y + band.pieces[p].y;
+      if (kRegisters == 16 && band.pieces[p].lanes == (1u << kLanes) - 1) {  // masked stores cost more there
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c, y += b.y_channel) store(y, sum[c][v]);
+        continue;
+      }
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c, y += b.y_channel) store(y, sum[c][v], lanes);
     }
+  }
+}
+
+// Vectors [first, first + 4) of the band, a quad, pooled 2 x 2 (average: their mean, else their maximum).
+template <int C, bool average, bool images>
+void quad(const Block& b, int64_t first) {
+  const Band& band = *b.band;
+  const float* x[4];
+  vec sum[C][4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) x[v] = b.x + band.x[first + v];
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[c][v] = set(b.bias[c]);
+  }
+  multiply(b, x, sum);
+  const vec low = set(b.epilogue->low), high = set(b.epilogue->high), quarter = set(0.25f);
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c) {
+    if (average) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[c][v] = clamp(sum[c][v], low, high);
+    }
+    const vec left = pooled(average, sum[c][0], sum[c][2]), right = pooled(average, sum[c][1], sum[c][3]);
+    const vec all = images ? pooled(average, left, right) : pooled(average, evens(left, right), odds(left, right));
+    sum[c][0] = average ? mul(all, quarter) : clamp(all, low, high);
+  }
+  for (int32_t p = band.piece[first / 4]; p < band.piece[first / 4 + 1]; ++p) {
+    const lanemask lanes = from_bits(band.pieces[p].lanes);
+    float* y = b.y + band.pieces[p].y;
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c, y += b.y_channel) store(y, sum[c][0], lanes);
   }
 }
 
