@@ -40,6 +40,8 @@ class Winograd final : public Op {
  public:
   explicit Winograd(const Fields& f) : epilogue_(Epilogue::of(f)), x_(f.view("x")), y_(f.view("y")) {
     weight_ = f.address<float>("weight");
+    x_.stride[kH] = f.integer("row");           // a View has 0 for an axis of size 1, but here it has a halo
+    x_.stride[kW] = f.integer("column");
     pad_h_ = f.integer("pad_h", 0);
     pad_w_ = f.integer("pad_w", 0);
     channels_ = x_.size[kC];

@@ -58,5 +58,5 @@ def emit(m: int, builder: Builder, step: Step, geometry: Geometry) -> None:
     (pad_h, _), (pad_w, _) = geometry.padding
     weight = builder.packed(("winograd", m, name, builder.isa.lanes),
                             lambda: pack_gemm(transform(builder.weight(name), m), builder.isa))
-    builder.emit("winograd", x=image(x), y=image(y), weight=weight, m=m, pad_h=pad_h, pad_w=pad_w,
-                 **builder.epilogue(step, form=Form.LAST))
+    builder.emit("winograd", x=image(x), y=image(y), row=x.view.stride(2), column=x.view.stride(3), weight=weight, m=m,
+                 pad_h=pad_h, pad_w=pad_w, **builder.epilogue(step, form=Form.LAST))
