@@ -12,6 +12,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/engine.h"
 
@@ -142,6 +143,23 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// times(network, arena, *addresses) -> nanoseconds of every op
+PyObject* times(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    if (count < 2) throw std::invalid_argument("times takes a network, an arena and addresses");
+    const pk::Network* const self = network(args[0]);
+    char* const arena = reinterpret_cast<char*>(integer(args[1]));
+    std::vector<char*> addresses;
+    for (Py_ssize_t i = 2; i < count; ++i) addresses.push_back(reinterpret_cast<char*>(integer(args[i])));
+    std::vector<int64_t> found(size_t(self->size()));
+    self->time(arena, addresses.data(), int64_t(addresses.size()), found.data());
+    PyObject* list = PyList_New(Py_ssize_t(found.size()));
+    check(list != nullptr);
+    for (size_t i = 0; i < found.size(); ++i) PyList_SetItem(list, Py_ssize_t(i), PyLong_FromLongLong(found[i]));
+    return list;
+  });
+}
+
 // How many ops a network has.
 PyObject* size(PyObject*, PyObject* capsule) {
   return guarded([&] { return PyLong_FromLongLong(network(capsule)->size()); });
@@ -192,6 +210,7 @@ PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"build", build, METH_O, "A network made from a recipe (backends/cpu/native.py)."},
       {"run", method(run), METH_FASTCALL, "run(network, begin, end, arena, *addresses)"},
+      {"times", method(times), METH_FASTCALL, "times(network, arena, *addresses) -> nanoseconds of every op"},
       {"size", size, METH_O, "Number of ops of a network."},
       {"instruction_sets", instruction_sets, METH_NOARGS, "What this machine can run, best first."},
       {"lanes", lanes, METH_O, "Floats in a register of an instruction set."},

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -200,6 +201,18 @@ void Network::run_ops(int64_t begin, int64_t end, char* const* bases, int64_t th
   for (int64_t i = begin; i < end; ++i) {
     const OpCall call{ops_[size_t(i)].get(), bases, scratch};
     parallel(threads, call.op->tasks, 1, run_tasks, &call);
+  }
+}
+
+void Network::time(char* arena, char* const* addresses, int64_t count, int64_t* times) const {
+  if (count != int64_t(recipe_.slice_bytes.size())) throw std::invalid_argument("wrong number of addresses");
+  std::vector<char*> bases(addresses, addresses + count);
+  bases.insert(bases.begin(), arena);
+  using Clock = std::chrono::steady_clock;
+  for (int64_t i = 0; i < size(); ++i) {
+    const Clock::time_point start = Clock::now();
+    run_ops(i, i + 1, bases.data(), recipe_.slices > 1 ? 1 : recipe_.threads);
+    times[i] = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
   }
 }
 

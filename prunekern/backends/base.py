@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ class Placement(Protocol):
         only) and its time; the device is synchronised around each step then.
         """
 
+    def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """The same, into contiguous tensors of the right shapes."""
+
 
 class Backend(Protocol):
     """Makes Placements. ``devices`` are the device types it runs on."""
@@ -71,8 +74,18 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot run here, or None."""
 
+    def configured(self, **options: Any) -> Backend:
+        """The same with a user's options. Raises UnknownName for one that it does not have."""
+
     def place(self, program: Program, signature: Signature) -> Placement:
         """Lay a Program out. Raises LoweringError naming a step that it cannot run."""
+
+
+def check_options(backend: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises UnknownName for an option that a backend does not have."""
+    for name in given:
+        if name not in known:
+            raise unknown(f"option of backend {backend!r}", name, known)
 
 
 @dataclass(frozen=True)

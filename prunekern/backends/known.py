@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from prunekern.backends.base import Backend, Choice, choose
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from prunekern.backends.base import Backend, Choice, choose, log
 from prunekern.backends.cpu import CpuBackend
 from prunekern.backends.reference import ReferenceBackend
+from prunekern.errors import UnknownName
 
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
 
 
-def select(name: str, device: str | None = None) -> Choice:
-    """See ``base.choose``; without a device, one that the named backend runs on."""
+def select(name: str, device: str | None = None, options: Mapping[str, Any] | None = None) -> Choice:
+    """See ``base.choose``; without a device, one that the named backend runs on. An option that the backend does not
+    have raises UnknownName where the backend was named, and is passed over where it was chosen."""
     if device is None:
         device = next((b.devices[0] for b in BACKENDS if b.name == name), "cpu")
-    return choose(name, BACKENDS, device)
+    choice = choose(name, BACKENDS, device)
+    if not options:
+        return choice
+    try:
+        return replace(choice, backend=choice.backend.configured(**options))
+    except UnknownName as error:
+        if name != "auto":
+            raise
+        log.info("backend %s runs without %s: %s", choice.backend.name, ", ".join(options), error)
+        return choice

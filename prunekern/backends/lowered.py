@@ -35,23 +35,29 @@ class Lowered:
     Placements (memory and packed weights for one shape of inputs) are made on first use and kept.
     """
 
-    def __init__(self, program: Program, backend: str = "auto", verification: Verification | None = None) -> None:
+    def __init__(self, program: Program, backend: str = "auto", verification: Verification | None = None,
+                 **options: Any) -> None:
         self.program = program
-        self.asked = backend
+        self.asked, self.options = backend, options
         self.verification = verification
         self._choice: dict[str, Choice] = {}
         self._placements: dict[Signature, Placement] = {}
         self._lock = threading.Lock()
         self._ready: dict[Any, Placement] = {}      # for plain calls, past all checks
         self._plain = self._is_plain
+        self._takes_out = "out" not in program.parameters
         if backend != "auto":
-            select(backend)
+            select(backend, options=options)
 
     # ---- running -------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output. Raises InputError where arguments do not have the structure, dtype or shapes of the
-        example (the batch is free unless ``program.batch`` says otherwise)."""
+        example (the batch is free unless ``program.batch`` says otherwise).
+
+        out: a tensor, or one for each tensor of the output, to write to instead of new ones (not where the forward
+        has an argument of this name itself). They must be contiguous and must not share memory with the inputs.
+        """
         if self._plain and not kwargs:
             try:
                 ready = self._ready.get(tuple([(t.shape, t.dtype, t.device) for t in args]))
@@ -59,14 +65,34 @@ class Lowered:
                 ready = None
             if ready is not None:
                 return ready.run(args)[0]
+        out = kwargs.pop("out", None) if self._takes_out else None
         tensors, signature = self._bind(args, kwargs)
         placement = self.placement(signature)
         if self._plain:
             self._ready[tuple((t.shape, t.dtype, t.device) for t in tensors)] = placement
-        outputs = iter(placement.run(tensors))
+        if out is None:
+            values = placement.run(tensors)
+        else:
+            values = self._checked_out(out, signature)
+            placement.run_into(tensors, values)
+        outputs = iter(values)
         leaves = [next(outputs) if isinstance(leaf, Slot) else at(leaf, signature.batch)
                   for leaf in self.program.outputs]
         return pytree.tree_unflatten(leaves, self.program.out_spec)
+
+    def _checked_out(self, out: Any, signature: Signature) -> list[Tensor]:
+        """The tensors to write to. Raises InputError where they do not fit."""
+        given = [out] if isinstance(out, Tensor) else list(out)
+        slots = self.program.output_slots
+        if len(given) != len(slots):
+            raise InputError(f"out has {len(given)} tensors, the output {len(slots)}; pass one for each.")
+        for tensor, slot in zip(given, slots, strict=True):
+            shape = slot.at(signature.batch)
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype != slot.dtype \
+                    or tensor.device != signature.device or not tensor.is_contiguous():
+                raise InputError(f"out for {slot.name!r} must be a contiguous {slot.dtype} tensor {list(shape)} on "
+                                 f"{signature.device}; pass torch.empty({list(shape)}, dtype={slot.dtype}).")
+        return given
 
     @property
     def _is_plain(self) -> bool:
@@ -91,7 +117,7 @@ class Lowered:
     def choice(self, device: str = "cpu") -> Choice:
         """Which backend runs on a device type, and why."""
         if device not in self._choice:
-            self._choice[device] = select(self.asked, device)
+            self._choice[device] = select(self.asked, device, self.options)
         return self._choice[device]
 
     @property
@@ -195,9 +221,9 @@ class Lowered:
         save_program(self.program, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path, backend: str = "auto") -> Lowered:
+    def load(cls, folder: str | Path, backend: str = "auto", **options: Any) -> Lowered:
         """A saved network. Raises ArtefactError where the files are truncated, altered or of another version."""
-        return cls(load_program(Path(folder)), backend)
+        return cls(load_program(Path(folder)), backend, **options)
 
 
 def _checked(leaf: Any, slot: Slot) -> Tensor:
@@ -225,13 +251,14 @@ def _capture(model: nn.Module, example_inputs: Any) -> Graph:
 
 
 def lower(model: nn.Module | Graph, example_inputs: Any = None, *, backend: str = "auto", verify: bool = True,
-          fuse: bool = True) -> Lowered:
+          fuse: bool = True, **options: Any) -> Lowered:
     """Turn a trained network into planned GEMMs on a backend, and hold the result to the model.
 
     model: an nn.Module in eval mode (never modified), or a Graph of it. example_inputs: as for ``trace``; the
     batch size is free at run time wherever the forward allows it.
     verify: compare with the model on the example inputs and on randomised ones, per step and end to end.
     fuse: fold constants, fuse epilogues and drop dead channels; False keeps one Step per operator.
+    options: what the backend lets you choose, such as ``num_threads`` and ``tune`` (``backends/cpu/options.py``).
 
     Raises what ``trace`` raises, LoweringError (no pure form; tolerance missed), UnknownName and
     BackendUnavailable.
@@ -240,7 +267,7 @@ def lower(model: nn.Module | Graph, example_inputs: Any = None, *, backend: str 
     module = None if isinstance(model, Graph) else model
     parameters = tuple(inspect.signature(module.forward).parameters) if module is not None else ()
     program = build(graph, parameters)
-    lowered = Lowered((optimise(program) if fuse else program).owned(), backend)
+    lowered = Lowered((optimise(program) if fuse else program).owned(), backend, **options)
     if verify:
         from prunekern.backends.verify import verify_examples
         lowered.verification = verify_examples(lowered, graph, module)

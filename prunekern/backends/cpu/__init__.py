@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunekern.backends.base import Placement, Signature
+from prunekern.backends.base import Placement, Signature, check_options
 from prunekern.backends.cpu.builder import Compiler, Key, Settings
 from prunekern.backends.cpu.convs import Conv, ConvTranspose, Linear
 from prunekern.backends.cpu.moves import Cat, Constant, Move
 from prunekern.backends.cpu.native import isa
+from prunekern.backends.cpu.options import Options
 from prunekern.backends.cpu.placement import CpuPlacement
+from prunekern.backends.cpu.tune import Job, tune
 from prunekern.core.program import Program
 from prunekern.kernels import unavailable
 
@@ -21,20 +24,28 @@ COMPILERS: dict[str, Compiler] = {"conv": Conv(), "conv_transpose": ConvTranspos
 
 
 class CpuBackend:
-    """See ``backends.base.Backend``."""
+    """See ``backends.base.Backend``; ``options`` say what is up to the user."""
 
     name = "cpu"
     devices = ("cpu",)
 
-    def __init__(self) -> None:
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
         self._packs: dict[int, dict[Key, Tensor]] = {}
 
     def unavailable(self) -> str | None:
         return unavailable()
 
+    def configured(self, **options: Any) -> CpuBackend:
+        check_options(self.name, options, Options.names())
+        return CpuBackend(Options(**options)) if options else self
+
     def place(self, program: Program, signature: Signature) -> Placement:
-        settings = Settings(isa(), torch.get_num_threads())
-        return CpuPlacement(program, signature, settings, COMPILERS, self._packs_of(program))
+        threads = self.options.num_threads or torch.get_num_threads()
+        settings = Settings(isa(), threads, dict(self.options.algorithms), self.options.weights)
+        job = Job(program, signature, settings, COMPILERS, self._packs_of(program))
+        tuning = tune(job, self.options.tuning)
+        return job.at(tuning.choices, tuning.slices)
 
     def _packs_of(self, program: Program) -> dict[Key, Tensor]:
         """Packed weights are shared by all placements of a Program, and go with it."""

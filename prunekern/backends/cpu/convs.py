@@ -29,7 +29,7 @@ Fields = dict[str, Field | Ref]
 @dataclass(frozen=True)
 class Algorithm:
     """A way to run a `conv` Step. takes: why it cannot run a geometry, or None. error: its row in
-    ``lower/tolerance.py``."""
+    ``lower/tolerance.py``. tuned: whether the tuner tries it (else it runs only where it is asked for)."""
 
     name: str
     form: Form
@@ -37,6 +37,7 @@ class Algorithm:
     emit: Callable[[Builder, Step, Geometry], None]
     halo: Callable[[Geometry], Halo] = Geometry.halo
     error: str = "direct"
+    tuned: bool = True
 
 
 # ---- GEMM ------------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ class ConvTranspose:
 
     def _phases(self, builder: Builder, step: Step) -> list[list[_Phase]]:
         at, out = step.attributes, builder.shape(step.output)[2:]
-        return [_phases(*numbers, low) for *numbers, (low, _) in
+        return [_phases(size, kernel, stride, dilation, low) for size, kernel, stride, dilation, (low, _) in
                 zip(out, at["kernel"], at["stride"], at["dilation"], at["padding"], strict=True)]
 
     def needs(self, builder: Builder, step: Step) -> Iterable[Need]:
@@ -278,7 +279,8 @@ class Linear:
             return
         x = _dense_last(builder, x_slot)
         *counts, _ = x.view.shape
-        fields: Fields = {"in_table": builder.table(grid(counts, x.view.stride()[:-1])), "segments": [0, x.view.shape[-1]]}
+        fields: Fields = {"in_table": builder.table(grid(counts, x.view.stride()[:-1])),
+                          "segments": [0, x.view.shape[-1]]}
         self._emit(builder, step, x, y, fields, None)
 
     def _emit_flat(self, builder: Builder, step: Step, source: Slot, y: Place) -> None:

@@ -35,7 +35,8 @@ class Move:
             return
         place = builder.read(source)
         if self._keeps_form(step):
-            builder.places[step.output.name] = place.part(at["axis"], at["start"], builder.shape(step.output)[at["axis"]])
+            size = builder.shape(step.output)[at["axis"]]
+            builder.places[step.output.name] = place.part(at["axis"], at["start"], size)
             return
         view = self._view(builder, step, place.view)
         if not place.shares(view):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from torch import Tensor
+
 from prunekern.core.program import Activation
 from prunekern.errors import InputError, LoweringError
 from prunekern.kernels import unavailable
@@ -114,3 +116,9 @@ class Network:
             raise LoweringError(f"{error}; this is a bug of the CPU backend: report the network, and use "
                                 "backend=\"reference\" meanwhile.") from error
         self.run = extension().run
+        self.times = extension().times
+
+
+def advise_huge(memory: Tensor) -> None:
+    """Large pages for a tensor's memory, where the system has them."""
+    extension().advise_huge(memory.data_ptr(), memory.numel() * memory.element_size())

@@ -14,7 +14,7 @@ def pack_gemm(matrix: Tensor, isa: Isa, half: bool = False) -> Tensor:
 
     A panel is a few registers wide; columns that are missing at its end are zeros. half: stored as fp16.
     """
-    groups, outputs, depth = matrix.shape
+    outputs = matrix.shape[1]
     padded = functional.pad(matrix.detach(), (0, 0, 0, isa.padded(outputs) - outputs))
     widths = [vectors * isa.lanes for vectors in isa.panels(outputs)]
     panels = [[panel.t().reshape(-1) for panel in group.split(widths)] for group in padded]

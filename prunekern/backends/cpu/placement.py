@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunekern.backends.base import Observe, Placement, Signature
 from prunekern.backends.cpu.builder import Builder, Compiler, Foreign, Key, Settings
-from prunekern.backends.cpu.native import NativeOp, Network, Recipe
+from prunekern.backends.cpu.native import NativeOp, Network, Recipe, advise_huge
 from prunekern.backends.reference import ReferenceBackend
 from prunekern.core.program import Program, Slot, Step
 from prunekern.lower.arena import Arena
@@ -141,6 +141,7 @@ class CpuPlacement:
             memory = self._free.pop() if self._free else None
         if memory is None:
             memory = torch.zeros(max(self.arena.size, 64), dtype=torch.uint8)
+            advise_huge(memory)
         loose = {slot.name: x for slot, x in zip(self.program.input_slots, inputs, strict=True)}
         return _State(memory, [*inputs, *outputs, *self.builder.constants], loose)
 
@@ -171,6 +172,21 @@ class CpuPlacement:
         if base == 0:
             return place.on(state.memory)
         return state.bases[base - 1].as_strided(place.view.shape, place.view.stride(), place.offset // 4)
+
+    def timer(self) -> Callable[[], list[int]]:
+        """Runs the native ops of one slice on random inputs and gives the nanoseconds of each; for the tuner."""
+        generator = torch.Generator().manual_seed(0)
+        batch = self.builder.batch
+        slots = (*self.program.input_slots, *self.program.output_slots)
+        values = [torch.randn(slot.at(batch), generator=generator).to(slot.dtype) for slot in slots]
+        memory = torch.zeros(max(self.arena.size, 64), dtype=torch.uint8)
+        advise_huge(memory)
+        addresses = self._addresses(values, [])
+        return lambda: self.network.times(self.network.handle, memory.data_ptr(), *addresses) if values else []
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Step -> its native ops [first, last)."""
+        return {step: (self._at[a], self._at[b]) for step, (a, b) in self.builder.spans.items()}
 
     # ---- step by step --------------------------------------------------------------------------------------------
 

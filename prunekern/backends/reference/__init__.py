@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from prunekern.backends.base import Placement, Signature
+from typing import Any
+
+from prunekern.backends.base import Placement, Signature, check_options
 from prunekern.backends.reference.engine import Kernels, ReferencePlacement, arena_of
 from prunekern.backends.reference.gemm import GEMM_COMPILERS
 from prunekern.backends.reference.simple import SIMPLE_COMPILERS, VIEWS, placed
@@ -20,6 +22,10 @@ class ReferenceBackend:
 
     def unavailable(self) -> str | None:
         return None
+
+    def configured(self, **options: Any) -> ReferenceBackend:
+        check_options(self.name, options, ())
+        return self
 
     def place(self, program: Program, signature: Signature) -> Placement:
         size = slice_size(program, signature, arena_of(program, signature.batch, KERNELS))

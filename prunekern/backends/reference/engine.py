@@ -170,6 +170,11 @@ def _add(y: Tensor, other: Tensor) -> None:
     y.add_(other)
 
 
+def copy_into(values: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    for value, out in zip(values, outputs, strict=True):
+        out.copy_(value)
+
+
 class ReferencePlacement:
     """See ``backends.base.Placement``. One run at a time; others wait."""
 
@@ -225,6 +230,9 @@ class ReferencePlacement:
                 values[index] = None
             with torch.inference_mode(False), torch.no_grad():
                 return [value.clone(memory_format=torch.contiguous_format) for value in found]
+
+    def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        copy_into(self.run(inputs), outputs)
 
     def _logical(self, slot: Slot, value: Tensor) -> Tensor:
         """A value in torch's order of elements."""

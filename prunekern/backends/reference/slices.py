@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekern.backends.base import Observe, Signature
-from prunekern.backends.reference.engine import Kernels, ReferencePlacement
+from prunekern.backends.reference.engine import Kernels, ReferencePlacement, copy_into
 from prunekern.core.graph import Dim
 from prunekern.core.program import Program, Slot, Step
 from prunekern.lower.arena import Arena
@@ -110,6 +110,9 @@ class SlicedPlacement:
                                   zip(step.outputs, zip(*values[step.name], strict=True), strict=True))
                     observe(step, whole, seconds[step.name])
         return outputs
+
+    def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        copy_into(self.run(inputs), outputs)
 
 
 def resized(program: Program, signature: Signature, batch: int) -> Signature:

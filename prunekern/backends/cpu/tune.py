@@ -1,0 +1,257 @@
+"""Chooses algorithms and the slice of the batch by measuring them in place: in the whole network, op by op, with the
+caches as they are there.
+
+Every algorithm gets a variant of the network in which all convolutions that it takes run by it; each convolution keeps
+the one that was fastest for it. Forms of values are a choice for neighbours together, so the best mixture of all and
+the best with channels last only are then measured whole. Results are kept on disk, by the shapes of the network, the
+machine, its instruction set and the number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekern.backends.base import Signature
+from prunekern.backends.cpu.builder import Compiler, Key, Settings
+from prunekern.backends.cpu.convs import algorithms
+from prunekern.backends.cpu.geometry import Geometry
+from prunekern.backends.cpu.native import extension
+from prunekern.backends.cpu.place import Form
+from prunekern.backends.cpu.placement import CpuPlacement
+from prunekern.backends.reference.slices import independent, resized
+from prunekern.core.files import write_text
+from prunekern.core.program import Program
+from prunekern.errors import PrunekernError
+
+log = logging.getLogger("prunekern")
+
+VERSION = 1                                   # of what is on disk; kernels that change much are a new one
+SECONDS = {"quick": 0.06, "full": 0.6}        # of measuring, for each variant
+ROUNDS = {"quick": 3, "full": 10}             # at least
+GAIN = 0.97                                   # another form of values must be this much faster to be worth it
+SLICE_BYTES = 1 << 20                         # of arena that a slice should take: a core's second cache
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """choices: step name -> algorithm. slices: of the batch. measured: where it comes from, for people."""
+
+    choices: Mapping[str, str] = field(default_factory=dict)
+    slices: int = 1
+    measured: str = "guessed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a placement is made of, but for what is tuned."""
+
+    program: Program
+    signature: Signature
+    settings: Settings
+    compilers: Mapping[str, Compiler]
+    packs: dict[Key, Tensor]
+
+    def at(self, choices: Mapping[str, str], slices: int = 1, batch: int | None = None) -> CpuPlacement:
+        signature = self.signature if batch is None else resized(self.program, self.signature, batch)
+        forced = {**choices, **self.settings.choices}
+        return CpuPlacement(self.program, signature, replace(self.settings, choices=forced), self.compilers,
+                            self.packs, slices)
+
+
+def tune(job: Job, mode: str) -> Tuning:
+    """What to build. mode: "off", "quick" or "full"; see ``Options``."""
+    guess = Tuning(slices=_guess_slices(job))
+    steps = _tunable(job)
+    if mode == "off" or not steps:
+        return guess
+    cache = Cache()
+    key = _key(job, mode)
+    found = cache.get(key)
+    if found is None:
+        start = time.perf_counter()
+        found = Tuner(job, mode, steps).run(guess)
+        log.info("tuned %d convolutions in %.1f s", len(steps), time.perf_counter() - start)
+        cache.put(key, found)
+    names = [step for step, _ in steps]
+    return replace(found, choices=dict(zip(names, found.choices.values(), strict=True)))
+
+
+def _tunable(job: Job) -> list[tuple[str, list[str]]]:
+    """Convolutions and the algorithms that take them."""
+    builder = job.at({}, batch=1 if job.program.batch is None else None).builder
+    found = []
+    for step in job.program.steps:
+        if step.op == "conv" and step.name not in builder.foreign:
+            geometry = Geometry.of(builder, step)
+            found.append((step.name, [a.name for a in algorithms().values() if a.takes(geometry) is None and a.tuned]))
+    return found
+
+
+# ---- slices of the batch -----------------------------------------------------------------------------------------
+
+
+def divisors(batch: int) -> list[int]:
+    return [n for n in range(1, batch + 1) if batch % n == 0]
+
+
+def _sliceable(job: Job) -> CpuPlacement | None:
+    """A placement for one sample, where the batch may be cut: samples do not meet, and all steps are the engine's."""
+    if job.signature.batch == 1 or not independent(job.program):
+        return None
+    one = job.at({}, batch=1)
+    return None if one.builder.foreign else one
+
+
+def _guess_slices(job: Job) -> int:
+    """Slices as large as their arena fits the second cache, one for each thread at least."""
+    one, batch = _sliceable(job), job.signature.batch
+    if one is None:
+        return 1
+    wanted = max(1, min(SLICE_BYTES // max(1, one.arena.size), batch // job.settings.threads))
+    return batch // max(n for n in divisors(batch) if n <= wanted)
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+class Tuner:
+    """Measures variants of one placement."""
+
+    def __init__(self, job: Job, mode: str, steps: Sequence[tuple[str, list[str]]]) -> None:
+        self.job, self.mode, self.steps = job, mode, steps
+        self.names = list(dict.fromkeys(name for _, names in steps for name in names))
+        self.forms = {name: each.form for name, each in algorithms().items()}
+
+    def run(self, guess: Tuning) -> Tuning:
+        kept = dict(self.job.packs)
+        slices = guess.slices
+        choices = self._algorithms(self.job.signature.batch // slices)
+        if _sliceable(self.job) is not None:
+            slices = self._slices(choices, guess.slices)
+        self.job.packs.clear()                     # of variants that nobody runs
+        self.job.packs.update(kept)
+        return Tuning(choices, slices, "measured")
+
+    def _algorithms(self, batch: int) -> dict[str, str]:
+        """The fastest algorithm of every convolution, for slices of this size."""
+        seconds: dict[str, dict[str, float]] = {}
+        for name in self.names:
+            variant = {step: name for step, takes in self.steps if name in takes}
+            for step, time_ in self._per_step(self.job.at(variant, batch=batch)).items():
+                if step in variant:
+                    seconds.setdefault(step, {})[name] = time_
+        last = {step: self._fastest(times, Form.LAST) for step, times in seconds.items()}
+        free = {step: self._fastest(times) for step, times in seconds.items()}
+        if free == last:
+            return last
+        planar = {step: self._fastest(times, Form.PLANAR) for step, times in seconds.items()}
+        mixtures = {"last": last, "free": free, "planar": planar}
+        totals = self._totals({key: self.job.at(choices, batch=batch) for key, choices in mixtures.items()})
+        best = min(totals, key=totals.__getitem__)
+        return mixtures[best] if totals[best] < GAIN * totals["last"] else last
+
+    def _fastest(self, times: Mapping[str, float], form: Form | None = None) -> str:
+        fitting = {name: t for name, t in times.items() if form in (None, self.forms[name])} or times
+        return min(fitting, key=fitting.__getitem__)
+
+    def _per_step(self, placement: CpuPlacement) -> dict[str, float]:
+        """Least seconds of every step, run in place."""
+        call = placement.timer()
+        least: list[int] = []
+        deadline, rounds = time.perf_counter() + SECONDS[self.mode], 0
+        while rounds < ROUNDS[self.mode] or time.perf_counter() < deadline:
+            now = call()
+            least = now if not least else list(map(min, least, now))
+            rounds += 1
+        return {step: sum(least[a:b]) for step, (a, b) in placement.ranges().items()}
+
+    def _totals(self, placements: Mapping[Any, CpuPlacement]) -> dict[Any, float]:
+        """Least seconds of whole runs per sample, taking turns."""
+        calls = {key: _call(placement) for key, placement in placements.items()}
+        least = dict.fromkeys(calls, float("inf"))
+        deadline, rounds = time.perf_counter() + SECONDS[self.mode] * len(calls), 0
+        while rounds < ROUNDS[self.mode] or time.perf_counter() < deadline:
+            for key, call in calls.items():
+                start = time.perf_counter()
+                call()
+                least[key] = min(least[key], time.perf_counter() - start)
+            rounds += 1
+        return {key: each / placements[key].signature.batch for key, each in least.items()}
+
+    def _slices(self, choices: Mapping[str, str], guess: int) -> int:
+        """The number of slices that runs the whole batch fastest."""
+        batch = self.job.signature.batch
+        counts = [batch // n for n in divisors(batch)]
+        if self.mode == "quick":
+            near = sorted(counts, key=lambda n: abs(counts.index(n) - counts.index(guess)))[:3]
+            counts = sorted(near)
+        if len(counts) < 2:
+            return guess
+        totals = self._totals({count: self.job.at(choices, count) for count in counts})
+        return int(min(totals, key=totals.__getitem__))
+
+
+def _call(placement: CpuPlacement) -> Callable[[], object]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(slot.at(placement.signature.batch), generator=generator) if slot.dtype.is_floating_point
+              else torch.zeros(slot.at(placement.signature.batch), dtype=slot.dtype)
+              for slot in placement.program.input_slots]
+    outputs = [torch.empty(slot.at(placement.signature.batch), dtype=slot.dtype)
+               for slot in placement.program.output_slots]
+    placement.run_into(inputs, outputs)
+    return lambda: placement.run_into(inputs, outputs)
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------------
+
+
+def _key(job: Job, mode: str) -> str:
+    """Names what was measured: all shapes, the machine, the engine, and how thoroughly."""
+    steps = [[step.op, [slot.at(job.signature.batch) for slot in (*step.reads, *step.outputs)],
+              {k: v for k, v in step.attributes.items() if k != "args"}, bool(step.epilogue.bias),
+              str(step.epilogue.activation)] for step in job.program.steps]
+    extension_file = Path(extension().__file__)
+    told = json.dumps([VERSION, steps, job.settings.isa.name, job.settings.threads, job.settings.weights,
+                       sorted(job.settings.choices.items()), mode, processor(), extension_file.stat().st_size],
+                      default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+class Cache:
+    """Tunings by key, one small file each; what cannot be read or written is measured again."""
+
+    def __init__(self) -> None:
+        base = os.environ.get("XDG_CACHE_HOME")
+        self.folder = (Path(base) if base else Path.home() / ".cache") / "prunekern" / "tune"
+
+    def get(self, key: str) -> Tuning | None:
+        try:
+            return Tuning(**json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def put(self, key: str, tuning: Tuning) -> None:
+        try:
+            write_text(self.folder / f"{key}.json", json.dumps(asdict(tuning), indent=1) + "\n")
+        except (OSError, PrunekernError) as error:
+            log.info("the tuning is not kept: %s", error)
