@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from prunekern.backends.cpu import winograd
+from prunekern.backends.cpu import planar, winograd
 from prunekern.backends.cpu.builder import Builder, Need, Ref, image
 from prunekern.backends.cpu.geometry import Geometry, grid, runs
 from prunekern.backends.cpu.native import Field
@@ -112,6 +112,8 @@ def _ungrouped(geometry: Geometry) -> str | None:
 
 GEMM = Algorithm("implicit GEMM", Form.LAST, _any, emit_gemm)
 IM2COL = Algorithm("im2col", Form.LAST, _ungrouped, emit_im2col)
+PLANAR = [Algorithm("planar", Form.PLANAR, planar.takes, planar.emit),
+          Algorithm("planar by images", Form.IMAGES, planar.takes_images, planar.emit_images)]
 WINOGRAD = [Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(winograd.emit, m),
                       error=f"winograd {m}x{m}") for m in winograd.POINTS]
 
@@ -121,7 +123,7 @@ WINOGRAD = [Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(wi
 
 def algorithms() -> dict[str, Algorithm]:
     """Every way to run a convolution, by name; the last resort first."""
-    return {each.name: each for each in (GEMM, IM2COL, *WINOGRAD)}
+    return {each.name: each for each in (GEMM, IM2COL, *WINOGRAD, *PLANAR)}
 
 
 def candidates(geometry: Geometry) -> list[Algorithm]:

@@ -22,11 +22,13 @@ AXES = 5            # of a View: n, c, d, h, w
 
 class Form(Enum):
     """How a value of three or more axes lies in memory. PLAIN: in torch's order, dense. LAST: channels last, with a
-    halo of zeros. PLANAR: [channel, image, row, column], with halos that neighbouring rows and images share."""
+    halo of zeros. PLANAR: [channel, image, row, column], with halos that neighbouring rows and images share. IMAGES:
+    [channel, row, column, image], with a halo; images fill whole registers."""
 
     PLAIN = "plain"
     LAST = "channels last"
     PLANAR = "planar"
+    IMAGES = "images last"
 
 
 Halo = tuple[tuple[int, int], ...]      # zeros before and after, per spatial axis
@@ -104,7 +106,7 @@ def allocate(shape: Shape, form: Form = Form.PLAIN, halo: Halo = (), base: int =
         view = torch.empty(shape, device="meta")
         return Place(Buffer(view.numel(), base), view)
     halo = halo or no_halo(len(shape))
-    return _last(shape, halo) if form is Form.LAST else _planar(shape, halo)
+    return {Form.LAST: _last, Form.PLANAR: _planar, Form.IMAGES: _images}[form](shape, halo)
 
 
 def _last(shape: Shape, halo: Halo) -> Place:
@@ -130,3 +132,14 @@ def _planar(shape: Shape, halo: Halo) -> Place:
     storage = torch.empty(count, device="meta")
     view = storage.as_strided(shape, (image, plane, *strides), before)
     return Place(Buffer(count), view, Form.PLANAR, halo)
+
+
+def _images(shape: Shape, halo: Halo) -> Place:
+    """[C][*D][H][W][N]; a register may reach beyond the images that there are."""
+    n, c, *spatial = shape
+    full = [size + low + high for size, (low, high) in zip(spatial, halo, strict=True)]
+    whole = torch.empty((c, *full, -(-n // ALIGNMENT) * ALIGNMENT), device="meta")
+    count = whole.numel() + ALIGNMENT
+    for axis, (size, (low, _)) in enumerate(zip(spatial, halo, strict=True), 1):
+        whole = whole.narrow(axis, low, size)
+    return Place(Buffer(count), whole.movedim(-1, 0)[:n], Form.IMAGES, halo)
