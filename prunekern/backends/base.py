@@ -51,6 +51,10 @@ class Placement(Protocol):
     @property
     def arena(self) -> Arena: ...
 
+    @property
+    def rows(self) -> Mapping[str, str]:
+        """Step name -> its row of ``lower/tolerance.py``, where that is not "direct"."""
+
     def run(self, inputs: Sequence[Tensor], observe: Observe | None = None) -> list[Tensor]:
         """The values of ``program.output_slots``, freshly allocated; ``inputs`` are only read.
 

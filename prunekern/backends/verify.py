@@ -17,7 +17,7 @@ from prunekern.core.program import Slot, Step
 from prunekern.errors import LoweringError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inputs import Call
-from prunekern.lower.tolerance import FLOOR, TRUSTED, error, limit
+from prunekern.lower.tolerance import FLOOR, TRUSTED, error, limit, loosest
 
 if TYPE_CHECKING:
     from prunekern.backends.lowered import Lowered
@@ -108,25 +108,26 @@ def verify_graph(lowered: Lowered, graph: Graph, args: tuple[Any, ...], kwargs: 
     program = lowered.program
     wanted = {slot.name: step for step in program.steps for slot in step.outputs}
     with torch.no_grad():
-        ours, outputs = _run_lowered(lowered, args, kwargs)
+        ours, outputs, rows = _run_lowered(lowered, args, kwargs)
         theirs, flat = _run_graph(graph, graph.tensors, args, kwargs, set(ours))
         exact, exact_flat, notes = _exact(graph, args, kwargs, set(ours))
         own = _model_outputs(model, args, kwargs, flat) if model is not None else flat
     if exact is None:
         exact, exact_flat = theirs, flat
     steps: list[Check] = []
-    reach = 0.0                            # errors are handed on: a step may owe its own to one before it
+    reach, row = 0.0, "direct"             # errors are handed on: a step may owe its own to one before it
     for name, value in ours.items():
         if name in exact and _is_defined(wanted[name]):
             kept = program.kept.get(name)
             pair = (_kept(exact[name], kept), _kept(theirs[name], kept))
-            steps.append(_check(name, wanted[name].name, value, *pair, exact is theirs, reach))
+            row = loosest(row, rows.get(wanted[name].name, "direct"))
+            steps.append(_check(name, wanted[name].name, value, *pair, exact is theirs, reach, row))
             reach = max(reach, steps[-1].torch_error if math.isfinite(steps[-1].torch_error) else 0.0)
             _require(steps[-1], wanted[name], case)
     checks = []
     for index, (leaf, value) in enumerate(zip(program.outputs, outputs, strict=True)):
         if isinstance(leaf, Slot):
-            checks.append(_output_check(f"output {index}", value, exact_flat[index], own[index], exact is theirs))
+            checks.append(_output_check(f"output {index}", value, exact_flat[index], own[index], exact is theirs, row))
             _require(checks[-1], wanted.get(leaf.name), case)
         elif value != own[index]:
             raise LoweringError(f"output {index} is {value!r}, the model gives {own[index]!r} on {case}; "
@@ -135,21 +136,23 @@ def verify_graph(lowered: Lowered, graph: Graph, args: tuple[Any, ...], kwargs: 
 
 
 def _check(name: str, step: str, value: Tensor, exact: Tensor, theirs: Tensor, inexact: bool,
-           reach: float = 0.0) -> Check:
-    """reach: the largest error that torch made on the way to this value."""
+           reach: float = 0.0, row: str = "direct") -> Check:
+    """reach: the largest error that torch made on the way to this value; row: of the loosest algorithm there."""
     if not (value.is_floating_point() or value.is_complex()):
         ours, torchs = (float((v != exact).double().mean()) if v.shape == exact.shape else 1.0 for v in (value, theirs))
         return Check(name, step, ours, torchs, 2 * torchs + 1e-3)
     torch_error = error(theirs, exact)
     floor = FLOOR.get(value.dtype, 0.0) if inexact else 0.0      # no fp64 to compare with: both may err
-    return Check(name, step, error(value, exact), torch_error, limit(max(torch_error, reach), value.dtype) + 3 * floor)
+    return Check(name, step, error(value, exact), torch_error, limit(torch_error, value.dtype, row, reach) + 3 * floor)
 
 
-def _output_check(name: str, value: Tensor, exact: Tensor, own: Tensor, inexact: bool) -> Check:
+def _output_check(name: str, value: Tensor, exact: Tensor, own: Tensor, inexact: bool, row: str) -> Check:
     """Against fp64; where that is visibly another network (it looks at bits, say), against the model's own dtype."""
-    check = _check(name, "", value, exact, own, inexact)
+    check = _check(name, "", value, exact, own, inexact, row=row)
     trusted = TRUSTED.get(value.dtype)
-    return check if trusted is None or check.torch_error <= trusted else _check(name, "", value, own, own, True)
+    if trusted is None or check.torch_error <= trusted:
+        return check
+    return _check(name, "", value, own, own, True, row=row)
 
 
 def _is_defined(step: Step) -> bool:
@@ -175,14 +178,16 @@ def _kept(value: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
 
 
 def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, Any],
-                 ) -> tuple[dict[str, Tensor], list[Any]]:
+                 ) -> tuple[dict[str, Tensor], list[Any], Mapping[str, str]]:
+    """Values of slots, leaves of the output, and the steps' rows of the tolerance table."""
     tensors, signature = lowered._bind(args, kwargs)
     values: dict[str, Tensor] = {}
 
     def keep(step: Step, outputs: tuple[Tensor, ...], seconds: float) -> None:
         values.update({slot.name: value.clone() for slot, value in zip(step.outputs, outputs, strict=True)})
-    lowered.placement(signature).run(tensors, keep)
-    return values, pytree.tree_leaves(lowered(*args, **kwargs), is_leaf=lambda leaf: leaf is None)
+    placement = lowered.placement(signature)
+    placement.run(tensors, keep)
+    return values, pytree.tree_leaves(lowered(*args, **kwargs), is_leaf=lambda leaf: leaf is None), placement.rows
 
 
 def _run_graph(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any],

@@ -15,6 +15,10 @@ from torch import Tensor
 # with biased weights, on inputs with and without ReLU, against torch's own error of 1e-7 to 5e-7: F(2x2) up to 3.9
 # times that and 1.1e-6, F(4x4) up to 16 times and 4.1e-6, both growing with the channels.
 FACTOR = {"direct": 2.0, "direct half": 4.0, "winograd 2x2": 4.0, "winograd 4x4": 16.0}
+# What rounding the weights alone does, whatever torch's own error is.
+ROUNDED = {"fp16 weights": 2e-3, "bf16": 4e-2}
+# An error that was handed on is another draw from the same spread as torch's, not the same number.
+HANDED_ON = 1.5
 FLOOR = {torch.float64: 1e-12, torch.complex128: 1e-12, torch.float32: 2e-6, torch.complex64: 2e-6,
           torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -48,7 +52,13 @@ def error(value: Tensor, exact: Tensor) -> float:
     return distance / scale if scale else distance
 
 
-def limit(torch_error: float, dtype: torch.dtype, algorithm: str = "direct") -> float:
-    """The largest error that passes, beside torch's own."""
-    row = f"{algorithm} half" if dtype in (torch.float16, torch.bfloat16) else algorithm
-    return FACTOR[row] * torch_error + FLOOR.get(dtype, 0.0)
+def limit(torch_error: float, dtype: torch.dtype, algorithm: str = "direct", handed_on: float = 0.0) -> float:
+    """The largest error that passes, beside torch's own. handed_on: torch's largest error on the way here."""
+    half = algorithm == "direct" and dtype in (torch.float16, torch.bfloat16)
+    factor = FACTOR["direct half" if half else algorithm if algorithm in FACTOR else "direct"]
+    return max(factor * torch_error, HANDED_ON * factor * handed_on) + FLOOR.get(dtype, 0.0) + ROUNDED.get(algorithm, 0)
+
+
+def loosest(first: str, second: str) -> str:
+    """Of two algorithms, the one that may be further off."""
+    return max(first, second, key=lambda row: (ROUNDED.get(row, 0.0), FACTOR.get(row, FACTOR["direct"])))

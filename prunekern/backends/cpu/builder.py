@@ -94,6 +94,7 @@ class Builder:
         self.forms: dict[str, Form] = {}
         self.foreign: dict[str, str] = {}                    # step -> why it is
         self.algorithms: dict[str, str] = {}
+        self.rows: dict[str, str] = {}                       # step -> its row of lower/tolerance.py
         self.places: dict[str, Place] = {}
         self.flat: dict[str, Slot] = {}                      # a flattened image that has no place of its own -> it
         self.items: list[_Item | Foreign] = []

@@ -83,7 +83,7 @@ def _tables(builder: Builder, x: Place, y: Place, geometry: Geometry) -> Fields:
 
 
 def _weights(builder: Builder, step: Step, geometry: Geometry) -> Fields:
-    name, groups, half = step.weights["weight"], geometry.groups, builder.settings.weights == "fp16"
+    name, groups, half = step.weights["weight"], geometry.groups, _half(builder, step)
 
     def make() -> Tensor:
         weight = builder.weight(name)
@@ -92,6 +92,14 @@ def _weights(builder: Builder, step: Step, geometry: Geometry) -> Fields:
     return {"outputs": geometry.outputs // groups, "half": int(half),
             "weight": builder.packed(("gemm", name, groups, builder.isa.lanes, half), make),
             **builder.epilogue(step, groups, form=Form.LAST)}
+
+
+def _half(builder: Builder, step: Step) -> bool:
+    """Whether this step's weights are stored as fp16."""
+    if builder.settings.weights != "fp16":
+        return False
+    builder.rows[step.name] = "fp16 weights"
+    return True
 
 
 def _residual(builder: Builder, step: Step) -> Fields:
@@ -163,6 +171,7 @@ class Conv:
         algorithm, geometry = chosen(builder, step)
         builder.algorithms[step.name] = "1x1 GEMM" if algorithm is GEMM and math.prod(geometry.kernel) == 1 \
             else algorithm.name
+        builder.rows[step.name] = algorithm.error
         algorithm.emit(builder, step, geometry)
 
 
@@ -300,7 +309,7 @@ class Linear:
     def _emit(self, builder: Builder, step: Step, x: Place, y: Place, fields: Fields,
               turned: tuple[int, int] | None) -> None:
         """turned: (channels, positions) of the features, where memory has them the other way round."""
-        name, half, lanes = step.weights["weight"], builder.settings.weights == "fp16", builder.isa.lanes
+        name, half, lanes = step.weights["weight"], _half(builder, step), builder.isa.lanes
         outputs, (*counts, _) = builder.weight(name).shape[0], y.view.shape
 
         def make() -> Tensor:

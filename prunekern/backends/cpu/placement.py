@@ -60,6 +60,7 @@ class CpuPlacement:
         with torch.no_grad():
             builder.build()
         self.algorithms: Mapping[str, str] = builder.algorithms
+        self.rows: Mapping[str, str] = builder.rows
         self.arena: Arena = builder.arena(reuse=False)
         reuse = self.arena.size > SMALL
         if reuse:

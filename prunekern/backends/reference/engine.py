@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -177,6 +178,8 @@ def copy_into(values: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
 
 class ReferencePlacement:
     """See ``backends.base.Placement``. One run at a time; others wait."""
+
+    rows: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, program: Program, signature: Signature, kernels: Kernels) -> None:
         self.program, self.signature = program, signature

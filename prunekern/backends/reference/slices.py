@@ -83,6 +83,8 @@ class SlicedPlacement:
                        for count in {s.stop - s.start for s in self._slices}}
         self._main = self._inner[size]
 
+    rows: Mapping[str, str] = ReferencePlacement.rows
+
     @property
     def algorithms(self) -> Mapping[str, str]:
         return self._main.algorithms
