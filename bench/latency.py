@@ -190,7 +190,9 @@ def measure_all(args: argparse.Namespace, where: torch.device, results: Results)
     """Every case that the file does not hold yet."""
     cases = list(product(args.models, args.batches, args.threads))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+    # Drawn when there is news only: a thread that draws all the time would disturb what is timed.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False,
+                  auto_refresh=False) as progress:
         bar = progress.add_task("", total=len(cases))
         for name, batch, threads in cases:
             if (name, batch, threads) not in results:
@@ -198,11 +200,12 @@ def measure_all(args: argparse.Namespace, where: torch.device, results: Results)
                 setting = Setting(where, threads, args.compile_limit)
 
                 def tell(text: str, head: str = f"{name}, batch {batch}, threads {threads}: ") -> None:
-                    progress.update(bar, description=head + text)
+                    progress.update(bar, description=head + text, refresh=True)
                 case = run_case(name, batch, setting, args, results.facts["peaks"][str(threads)]["gflops"], tell)
                 results.add(case)
-                progress.console.file.flush()
+                progress.stop()             # the line would run through what is printed
                 print(f"\n{case}", flush=True)
+                progress.start()
             progress.advance(bar)
 
 

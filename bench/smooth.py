@@ -26,7 +26,7 @@ if not __package__:
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
+from rich.progress import Progress  # noqa: E402
 from torch import nn  # noqa: E402
 
 from bench import machine  # noqa: E402
@@ -167,9 +167,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     setting = Setting(torch.device("cpu"), args.threads, args.compile_limit)
     facts = {"schema": SCHEMA, **machine.environment(setting.device), "threads": args.threads, "batch": args.batch,
              "seconds": args.seconds}
-    console = Console(stderr=True)
-    points = {str(channels): [entry.to_json() for entry in run_point(channels, setting, args)]
-              for channels in track(args.channels, "channels", console=console, transient=True)}
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        points = {str(channels): [entry.to_json() for entry in run_point(channels, setting, args)]
+                  for channels in progress.track(args.channels, description="channels")}
     return {**facts, "points": points}
 
 

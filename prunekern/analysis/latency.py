@@ -21,6 +21,7 @@ from prunekern.errors import InputError
 Call = Callable[[], object]
 QUANTILES = (0.2, 0.5, 0.8)
 SAMPLE = 2e-3           # seconds that a sample lasts at least: far above the clock's resolution and a device's sync
+PAUSE = 1e-3            # seconds in which a thread that works shows
 LONG = 0.25             # seconds of a call beside which refilling the caches (some ms) does not show
 
 
@@ -41,14 +42,16 @@ class Row:
 
 
 def measure(contenders: Mapping[str, Call], *, seconds: float = 2.0, warmup: float = 0.2, min_rounds: int = 10,
-            synchronise: Call | None = None, clock: Callable[[], float] = time.perf_counter) -> tuple[Row, ...]:
+            synchronise: Call | None = None, settle: Call | None = None,
+            clock: Callable[[], float] = time.perf_counter) -> tuple[Row, ...]:
     """Time several calls against each other; one Row each, in the given order.
 
     contenders: name -> a call without arguments. seconds: what each contender gets on average, warm-up apart.
     warmup: seconds of calls to each before anything counts (at least two). min_rounds: samples of each however
     long they take. synchronise: waits until a device is done (see ``synchroniser``); it is called around every
     sample, so calls within one queue behind each other as they do when a network serves.
-    clock: seconds, monotonic.
+    settle: called before every sample, and before its untimed call; by default ``rest`` where torch may use more than
+    one thread. clock: seconds, monotonic.
 
     A sample is as many calls as last ``SAMPLE`` seconds, after one untimed call that brings the contender's own
     data back into the caches (none before calls of more than ``LONG`` seconds): the figures are those of a network
@@ -61,15 +64,31 @@ def measure(contenders: Mapping[str, Call], *, seconds: float = 2.0, warmup: flo
                          f"min_rounds={min_rounds}; pass at least one call, seconds >= 0 and min_rounds >= 1.")
     names = list(contenders)
     timers = [_Timer(name, call, synchronise or _nothing, clock) for name, call in contenders.items()]
+    settle = settle or (rest if torch.get_num_threads() > 1 else _nothing)
     times: list[list[float]] = [[] for _ in names]
     with torch.inference_mode(), _without_collections():
         calls = [timer.calibrate(warmup) for timer in timers]
         start, done = clock(), 0
         while done < min_rounds or clock() - start < seconds * len(names):
             for index in order(len(names), done):
+                settle()
                 times[index].append(timers[index].sample(*calls[index]))
             done += 1
     return tuple(_row(name, each, inner) for name, each, (inner, _) in zip(names, times, calls, strict=True))
+
+
+def rest(limit: float = 0.2) -> None:
+    """Wait until no other thread of this process works, for ``limit`` seconds at most.
+
+    Threads of a pool go on looking for work for a while after a call (measured: 35 ms in ONNX Runtime, 8 ms in
+    libgomp), and with as many threads as cores would slow down whoever is next.
+    """
+    end = time.perf_counter() + limit
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < 0.2 * PAUSE:
+            return
 
 
 def order(count: int, done: int) -> Sequence[int]:

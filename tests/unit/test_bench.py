@@ -110,7 +110,10 @@ def test_lower_precision_has_its_own_limit() -> None:
     def rounded(model: nn.Module, x: Tensor, _: Setting) -> Runner:
         return Runner(lambda x: lambda: model(x).bfloat16().float())
     net = Network("dense", model, 1, 1)
-    assert latency.prepare(contender(rounded, precision="bf16"), net, truth, SETTING)[0].state == "timed"
+    entry, _ = latency.prepare(contender(rounded, precision="bf16"), net, truth, SETTING)
+    assert entry.state == "timed"
+    assert entry.checked is not None
+    assert entry.checked.torch_error > 1e-4         # eager's in bf16
     assert latency.prepare(contender(rounded), net, truth, SETTING)[0].state == "failed"
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
 
-from prunekern.analysis.latency import SAMPLE, Row, measure, order, synchroniser, table
+from prunekern.analysis.latency import PAUSE, SAMPLE, Row, measure, order, rest, synchroniser, table
 from prunekern.errors import InputError
 
 
@@ -108,6 +109,46 @@ def test_warm_up_does_not_count():
     assert row.inner == 1
 
 
+def test_long_calls_are_not_made_twice():
+    clock = Clock()
+    rows = measure({"long": clock.work("long", 0.3), "short": clock.work("short", 0.2)}, seconds=0, warmup=0,
+                   min_rounds=5, clock=clock)
+    assert {row.count for row in rows} == {5}
+    assert Counter(clock.calls) == {"long": 2 + 5, "short": 2 + 10}     # two to warm up
+
+
+def test_everybody_waits_for_rest_before_a_sample():
+    clock, seen = Clock(), []
+    call = clock.work("a", 1e-2)
+    measure({"a": call}, seconds=0, warmup=0, min_rounds=3, settle=lambda: seen.append(len(clock.calls)), clock=clock)
+    assert seen == [2, 4, 6]
+
+
+class Machine:
+    """A process whose other threads work until a moment; stands in for the module ``time``."""
+
+    def __init__(self, busy: float) -> None:
+        self.now, self.busy = 100.0, 100.0 + busy
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        """Of one thread that works half of the time it has, and of our own's waking up."""
+        return 0.5 * min(self.now, self.busy) + 0.05 * self.now
+
+
+@pytest.mark.parametrize(("busy", "waited"), [(0.0, PAUSE), (0.035, 0.035 + PAUSE), (10.0, 0.2)])
+def test_rest_waits_for_threads_that_work_but_not_forever(monkeypatch, busy: float, waited: float):
+    machine = Machine(busy)
+    monkeypatch.setattr("prunekern.analysis.latency.time", machine)
+    rest(0.2)
+    assert machine.now - 100 == pytest.approx(waited, abs=1.01 * PAUSE)
+
+
 def test_the_device_is_waited_for():
     """Calls of an asynchronous device return at once; the time shows when it is waited for."""
     clock, queue = Clock(), []
@@ -120,7 +161,6 @@ def test_the_device_is_waited_for():
 
 
 def test_real_sleeps_have_their_ratio():
-    import time
     rows = measure({"two": lambda: time.sleep(2e-3), "six": lambda: time.sleep(6e-3)}, seconds=0.1, warmup=0)
     two, six = (row.min for row in rows)
     assert 2000 <= two < 6000 <= six
