@@ -1,5 +1,5 @@
 // copy: any strided view to any other of the same sizes (imports, exports, layout changes, slices, permutes).
-// halo: zeros around the interior of a padded buffer.
+// fill: one value everywhere. halo: zeros around the interior of a padded buffer.
 #include "../strided.h"
 #include "transpose.h"
 
@@ -80,6 +80,32 @@ struct Copy : Op {
   bool rows, transposed;
 };
 
+// A stretch of one value.
+PK_INLINE void fill_row(float* to, int64_t step, int64_t n, float value) {
+  int64_t i = 0;
+  if (step == 1) for (; i + kLanes <= n; i += kLanes) store(to + i, set(value));
+  for (; i < n; ++i) to[i * step] = value;
+}
+
+struct Fill : Op {
+  explicit Fill(const Fields& f) : y(f.view("y")), value(float(f.number("value", 0))) {
+    add_views(&blocks.axes, {&y});
+    blocks.cut();
+    tasks = pieces(blocks.units, blocks.elements, f.threads());
+  }
+
+  void run(const Run& run, int64_t begin, int64_t end) const override {
+    blocks.each(Range(blocks.units, tasks, begin, end), [&](const int64_t* at, int64_t m, int64_t n) {
+      for (int64_t j = 0; j < m; ++j)
+        fill_row(y.at(run) + *at + j * blocks.row_step[0], blocks.step[0], n, value);
+    });
+  }
+
+  View y;
+  float value;
+  Blocks<1> blocks;
+};
+
 struct Halo : Op {
   explicit Halo(const Fields& f) : y(f.view("y")) {
     int64_t low[3], high[3], from[3], to[3];
@@ -118,15 +144,9 @@ struct Halo : Op {
       const Blocks<1>& b = boxes[i];
       float* to = y.at(run) + starts[i];
       b.each(Range(b.units, 1, 0, 1), [&](const int64_t* at, int64_t m, int64_t n) {
-        for (int64_t j = 0; j < m; ++j) fill(to + *at + j * b.row_step[0], b.step[0], n);
+        for (int64_t j = 0; j < m; ++j) fill_row(to + *at + j * b.row_step[0], b.step[0], n, 0);
       });
     }
-  }
-
-  static PK_INLINE void fill(float* to, int64_t step, int64_t n) {
-    int64_t i = 0;
-    if (step == 1) for (; i + kLanes <= n; i += kLanes) store(to + i, zero());
-    for (; i < n; ++i) to[i * step] = 0;
   }
 
   View y;
@@ -139,6 +159,9 @@ struct Halo : Op {
 
 // Fields: x, y.
 Op* make_copy(const Fields& f) { return new Copy(f); }
+
+// Fields: y, value.
+Op* make_fill(const Fields& f) { return new Fill(f); }
 
 // Zeros around the interior y. Fields: y, low, high: how far it reaches along d, h, w.
 Op* make_halo(const Fields& f) { return new Halo(f); }

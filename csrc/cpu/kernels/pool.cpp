@@ -39,6 +39,10 @@ struct Pool : Op {
   using LineFn = void (*)(const Pool&, const float* x, float* y, int64_t d, int64_t h);
 
   explicit Pool(const Fields& f) : x(f.view("x")), y(f.view("y")) {
+    if (x.stride[kC] != 1 && x.stride[kN] == 1 && y.stride[kN] == 1) {  // images next to each other serve as channels
+      exchange(&x);
+      exchange(&y);
+    }
     int64_t count;
     for (int a = 0; a < 3; ++a) {
       const char* const names[3][3] = {{"start_d", "count_d", "divide_d"}, {"start_h", "count_h", "divide_h"},
@@ -61,6 +65,12 @@ struct Pool : Op {
     for (int a = 0; a < 3; ++a) work *= y.size[kD + a] > 0 ? counts[a][y.size[kD + a] / 2] : 1;
     if (y.size[kC] == 0 || y.size[kW] == 0) lines = 0;
     tasks = pieces(lines, lines * work, f.threads());
+  }
+
+  static void exchange(View* v) {
+    const int64_t size = v->size[kN], step = v->stride[kN];
+    v->size[kN] = v->size[kC], v->stride[kN] = v->stride[kC];
+    v->size[kC] = size, v->stride[kC] = step;
   }
 
   // Whether the window of output w is one of a regular row: as wide as the first whole one, a stride further.

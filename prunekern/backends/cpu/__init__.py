@@ -15,12 +15,13 @@ from prunekern.backends.cpu.moves import Cat, Constant, Move
 from prunekern.backends.cpu.native import isa
 from prunekern.backends.cpu.options import Options
 from prunekern.backends.cpu.placement import CpuPlacement
+from prunekern.backends.cpu.simple import SIMPLE
 from prunekern.backends.cpu.tune import Job, tune
 from prunekern.core.program import Program
 from prunekern.kernels import unavailable
 
 COMPILERS: dict[str, Compiler] = {"conv": Conv(), "conv_transpose": ConvTranspose(), "linear": Linear(),
-                                  "move": Move(), "cat": Cat(), "constant": Constant()}
+                                  "move": Move(), "cat": Cat(), "constant": Constant(), **SIMPLE}
 
 
 class CpuBackend:

@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from prunekern.backends.cpu import planar, winograd
+from prunekern.backends.cpu import depthwise, planar, winograd
 from prunekern.backends.cpu.builder import Builder, Need, Ref, image
 from prunekern.backends.cpu.geometry import Geometry, grid, runs
 from prunekern.backends.cpu.native import Field
@@ -120,6 +120,7 @@ def _ungrouped(geometry: Geometry) -> str | None:
 
 GEMM = Algorithm("implicit GEMM", Form.LAST, _any, emit_gemm)
 IM2COL = Algorithm("im2col", Form.LAST, _ungrouped, emit_im2col)
+DEPTHWISE = Algorithm("depthwise", Form.LAST, depthwise.takes, depthwise.emit)
 PLANAR = [Algorithm("planar", Form.PLANAR, planar.takes, planar.emit),
           Algorithm("planar by images", Form.IMAGES, planar.takes_images, planar.emit_images)]
 WINOGRAD = [Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(winograd.emit, m),
@@ -131,7 +132,7 @@ WINOGRAD = [Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(wi
 
 def algorithms() -> dict[str, Algorithm]:
     """Every way to run a convolution, by name; the last resort first."""
-    return {each.name: each for each in (GEMM, IM2COL, *WINOGRAD, *PLANAR)}
+    return {each.name: each for each in (GEMM, IM2COL, DEPTHWISE, *WINOGRAD, *PLANAR)}
 
 
 def candidates(geometry: Geometry) -> list[Algorithm]:
@@ -140,7 +141,7 @@ def candidates(geometry: Geometry) -> list[Algorithm]:
 
 def favourite(builder: Builder, geometry: Geometry) -> Algorithm:
     """A sound guess, where nothing was measured."""
-    return GEMM
+    return DEPTHWISE if geometry.is_depthwise else GEMM
 
 
 def chosen(builder: Builder, step: Step) -> tuple[Algorithm, Geometry]:
