@@ -56,5 +56,5 @@ def test_conv(timed: Timed, conv: Conv, engine: Engine) -> None:
     x = torch.randn(conv.batch, conv.inp, conv.side, conv.side)
     with torch.no_grad():
         ready = engine.make(model, x)
-        hold_to_model(ready.call(), model, x, ready.algorithms)
+        hold_to_model(ready.call(), model, x, ready.rows)
     timed(ready.call, group=f"conv {conv}", flops=2 * conv.macs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.conftest import Timed
-from bench.verified import hold_to_model
+from bench.verified import error_rows, hold_to_model
 from prunekern import prune
 from prunekern.backends import BACKENDS, Lowered, lower
 from tests.models import make
@@ -41,7 +41,6 @@ def test_network(timed: Timed, name: str, kind: str, batch: int, runner: str) ->
     torch.manual_seed(0)
     x = torch.randn(batch, *one.shape[1:])
     run = model if runner == "eager" else lowered(name, kind, runner)
-    algorithms = {row.algorithm for row in run.explain(x).rows} if isinstance(run, Lowered) else ()
     with torch.no_grad():
-        hold_to_model(run(x), model, x, algorithms)
+        hold_to_model(run(x), model, x, error_rows(run, x) if isinstance(run, Lowered) else ())
     timed(lambda: run(x), group=f"{name}, {kind}, batch {batch}")

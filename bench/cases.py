@@ -30,8 +30,8 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"contender": self.contender.name, "network": self.network,
-                                 "precision": self.contender.precision, "ours": self.contender.ours,
-                                 "state": self.state}
+                                 "precision": self.contender.precision, "league": self.contender.league,
+                                 "ours": self.contender.ours, "state": self.state}
         if self.reason:
             found["reason"] = self.reason
         if self.checked is not None:
@@ -76,14 +76,14 @@ class Case:
     peak: float | None = None
     load: tuple[float, ...] = field(default_factory=load_average)
 
-    def ratio(self, network: str, precision: str = "fp32") -> Ratio | None:
-        """None where nobody of ours, or no peer, was timed in that precision."""
-        ours, peers = ([e for e in self.entries if e.network == network and e.contender.precision == precision
+    def ratio(self, network: str, league: str = "fp32") -> Ratio | None:
+        """None where nobody of ours, or no peer, was timed in that league."""
+        ours, peers = ([e for e in self.entries if e.network == network and e.contender.league == league
                         and e.contender.ours == side and e.row is not None] for side in (True, False))
         if not ours or not peers:
             return None
         first, peer = (min(side, key=lambda entry: entry.row.p50) for side in (ours, peers))     # type: ignore[union-attr]
-        row = wanted(self.model, network) if precision == "fp32" else None
+        row = wanted(self.model, network) if league == "fp32" else None
         return Ratio(first.contender.name, peer.contender.name, first.row.p50, peer.row.p50,     # type: ignore[union-attr]
                      None if row is None else row.limit(self.batch, self.threads))
 
@@ -103,9 +103,9 @@ class Case:
                             for entry in self.entries]}
 
     def _ratios(self, network: str) -> dict[str, Any]:
-        precisions = dict.fromkeys(entry.contender.precision for entry in self.entries)
-        found = {precision: self.ratio(network, precision) for precision in precisions}
-        return {"ratios": {precision: ratio.to_json() for precision, ratio in found.items() if ratio is not None}}
+        leagues = dict.fromkeys(entry.contender.league for entry in self.entries)
+        found = {league: self.ratio(network, league) for league in leagues}
+        return {"ratios": {league: ratio.to_json() for league, ratio in found.items() if ratio is not None}}
 
     def __str__(self) -> str:
         by = {(e.contender.name, e.network): e for e in self.entries}
@@ -121,7 +121,8 @@ class Case:
             lines.append(line)
         head = (f"{self.model}, batch {self.batch}, {self.threads} thread{'s' * (self.threads > 1)}: µs a call, p50 "
                 "(p20 - p80); x: times as fast as eager on the dense network; peak: share of the machine's")
-        ratios = [f"  {n.name}: {self.ratio(n.name)}" for n in self.networks if self.ratio(n.name) is not None]
+        found = {(n.name, league): self.ratio(n.name, league) for n in self.networks for league in ("fp32", "opt-in")}
+        ratios = [f"  {name}, {league}: {ratio}" for (name, league), ratio in found.items() if ratio is not None]
         reasons = [f"  {e.contender.name} ({e.network}) {e.state}: {e.reason}" for e in self.entries if e.reason]
         return "\n".join((head, *aligned(lines), *ratios, *reasons))
 

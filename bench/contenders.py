@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 from bench.isolation import OutOfTime, own_signal_stack, quiet, time_limit
-from bench.verified import allowed
+from bench.verified import allowed, error_rows
 from prunekern.backends import BACKENDS, lower
 from prunekern.backends.base import Backend
 from prunekern.lower.tolerance import error
 
 Call = Callable[[], object]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16 weights": torch.float32, "bf16": torch.bfloat16}      # of the arithmetic
+OPT_IN = {"cpu": {"fp16 weights": {"weights": "fp16"}}}         # backend -> precision -> options of ``lower``
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Setting:
 @dataclass(frozen=True)
 class Runner:
     """A network made ready. ``bind`` prepares an input and gives the call to time; ``read`` makes a tensor of what
-    that call returns; ``algorithms`` names those it runs by on an input, where that is known."""
+    that call returns; ``rows`` are those of the tolerance table that it falls under on an input."""
 
     bind: Callable[[Tensor], Call]
     read: Callable[[Any], Tensor] = lambda value: value
-    algorithms: Callable[[Tensor], Iterable[str]] = lambda x: ()
+    rows: Callable[[Tensor], Iterable[str]] = lambda x: ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Contender:
     unavailable: Callable[[Setting], str | None] = lambda setting: None
     precision: str = "fp32"
     ours: bool = False
+
+    @property
+    def league(self) -> str:
+        """Those that ask for less precision than fp32 are compared among themselves."""
+        return "fp32" if self.precision == "fp32" else "opt-in"
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,9 @@ class Truth:
             whole = len(result) == len(x)
             ours = result[self.picked.to(result.device)] if whole else result       # else: wrong, and error() says so
             found.append((error(ours, y64), own, seconds))
-        algorithms = tuple(runner.algorithms(self.inputs[0]))
+        rows = tuple(runner.rows(self.inputs[0]))
         least = 0.0 if contender.ours else PEER
-        held = [Checked(e, own, max(least, allowed(own, DTYPES[precision], algorithms)), len(self.picked),
+        held = [Checked(e, own, max(least, allowed(own, DTYPES[precision], rows)), len(self.picked),
                         found[-1][2]) for e, own, _ in found]
         return max(held, key=lambda checked: checked.error / checked.limit)
 
@@ -190,16 +196,14 @@ def _lowered(backend: Backend, precision: str = "fp32", **options: Any) -> Conte
     """options: of ``lower``, for a precision that has to be asked for."""
     def make(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
         lowered = lower(model, x, backend=backend.name, verify=False, **options)       # held to fp64 by Truth, as all
-        return Runner(lambda x: lambda: lowered(x), algorithms=lambda x: {row.algorithm for row in
-                                                                          lowered.explain(x).rows})
+        return Runner(lambda x: lambda: lowered(x), rows=partial(error_rows, lowered))
 
     def unavailable(setting: Setting) -> str | None:
         if setting.device.type not in backend.devices:
             return f"it does not run on {setting.device.type}"
         return backend.unavailable()
-    suffix = "" if precision == "fp32" else f" {precision}"
-    return Contender(backend.name + suffix.replace(" ", "-"), f"lowered, {backend.name}{suffix}", make, unavailable,
-                     precision, ours=True)
+    name = f"lowered, {backend.name}" + ("" if precision == "fp32" else f", {precision}")
+    return Contender(backend.name, name, make, unavailable, precision, ours=True)
 
 
 # ---- others ----------------------------------------------------------------------------------------------------
@@ -294,10 +298,19 @@ def contenders(setting: Setting, peers: Sequence[str] | None = None, backends: S
     """Who takes part on a device.
 
     peers: keys of PEERS, None for all; eager is always there, first, and is what ratios in print refer to.
-    backends: this library's, by name; None for the best that runs on the device.
+    backends: this library's, by name; None for the best that runs on the device. Their opt-in precisions take part
+    where a peer's does.
     """
     taking = [peer for peer in PEERS[setting.device.type] if peers is None or peer.key in ("eager", *peers)]
-    ours = [_lowered(backend) for backend in BACKENDS]
     if backends is None:
-        return (*taking, *[contender for contender in ours if contender.unavailable(setting) is None][:1])
-    return (*taking, *[contender for contender in ours if contender.key in backends])
+        able = (backend.name for backend in BACKENDS if _lowered(backend).unavailable(setting) is None)
+        backends = [next(able)]
+    ours = [contender for backend in BACKENDS if backend.name in backends for contender in _modes(backend)]
+    leagues = {contender.league for contender in taking}
+    return (*taking, *[contender for contender in ours if contender.league in leagues])
+
+
+def _modes(backend: Backend) -> list[Contender]:
+    """A backend in fp32, and in each precision that has to be asked for."""
+    return [_lowered(backend), *[_lowered(backend, precision, **options)
+                                 for precision, options in OPT_IN.get(backend.name, {}).items()]]

@@ -53,7 +53,7 @@ def run_point(channels: int, setting: Setting, args: argparse.Namespace) -> list
     """All contenders on one number of channels."""
     net = convolution(channels)
     inputs = tuple(torch.randn(args.batch, channels, SIDE, SIDE) for _ in range(2))
-    taking = [c for c in contenders(setting, args.peers, args.backends) if c.precision == "fp32"]
+    taking = [c for c in contenders(setting, args.peers, args.backends) if c.league == "fp32"]
     truth = Truth.of(net.module, inputs, net.macs)
     torch._dynamo.reset()
     entries, calls = {}, dict[str, Call]()

@@ -37,8 +37,8 @@ class Results:
         found: Mapping[str, Any] = case["networks"].get(row.network, {})
         return found
 
-    def ratio(self, row: Wanted, threads: int, batch: int, precision: str = "fp32") -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = self.network(row, threads, batch).get("ratios", {}).get(precision)
+    def ratio(self, row: Wanted, threads: int, batch: int, league: str = "fp32") -> Mapping[str, Any] | None:
+        found: Mapping[str, Any] | None = self.network(row, threads, batch).get("ratios", {}).get(league)
         return found
 
     def misses(self) -> list[tuple[Wanted, int, int]]:
@@ -70,11 +70,9 @@ def markdown(results: Results) -> str:
         + (f"; {misses} target{'s' * (misses != 1)} missed." if misses else "; no target missed."),
         "Median µs a call, ours / the fastest fp32 peer and which:",
         _grid(results, "network", _time_cell)]
-    opt_in = sorted({precision for row in results.rows for column in results.columns
-                     for precision in results.network(row, *column).get("ratios", {})} - {"fp32"})
-    for precision in opt_in:
-        parts += [f"Opt-in {precision}, over the fastest {precision} peer:",
-                  _grid(results, "network", lambda r, row, *column, p=precision: _plain(r.ratio(row, *column, p)))]
+    if any(results.ratio(row, *column, "opt-in") for row in results.rows for column in results.columns):
+        parts += ["Opt-in precision over the fastest peer with one (its name; see `precision` in the file):",
+                  _grid(results, "network", _opt_in_cell)]
     peaks = ", ".join(f"{peak['gflops']:.0f} GFLOP/s on {_threads(int(threads))}"
                       for threads, peak in facts.get("peaks", {}).items())
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "onnxruntime", "openvino")
@@ -108,8 +106,9 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count != 1)}"
 
 
-def _plain(found: Mapping[str, Any] | None) -> str:
-    return "–" if found is None else f"{found['ratio']:.2f}"
+def _opt_in_cell(results: Results, row: Wanted, threads: int, batch: int) -> str:
+    found = results.ratio(row, threads, batch, "opt-in")
+    return "–" if found is None else f"{found['ratio']:.2f} ({found['ours'].split(', ')[-1]} / {found['peer']})"
 
 
 def _micro(value: float) -> str:
