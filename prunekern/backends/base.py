@@ -59,11 +59,14 @@ class Placement(Protocol):
         """The values of ``program.output_slots``, freshly allocated; ``inputs`` are only read.
 
         observe: called after every step with its outputs (in torch's shape and order; valid during the call
-        only) and its time; the device is synchronised around each step then.
+        only; none where they never are in memory) and its time; the device is synchronised around each step then.
         """
 
     def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """The same, into contiguous tensors of the right shapes."""
+
+    def direct(self) -> Callable[..., Tensor | None] | None:
+        """A call ``(x, out=None)`` past all checks that gives None for what it is not made for; None: there is none."""
 
 
 class Backend(Protocol):

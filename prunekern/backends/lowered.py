@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Lowered:
         self._choice: dict[str, Choice] = {}
         self._placements: dict[Signature, Placement] = {}
         self._lock = threading.Lock()
-        self._ready: dict[Any, Placement] = {}      # for plain calls, past all checks
+        self._direct: Callable[..., Tensor | None] | None = None      # for calls like the last one, past all checks
         self._plain = self._is_plain
         self._takes_out = "out" not in program.parameters
         if backend != "auto":
@@ -58,18 +58,15 @@ class Lowered:
         out: a tensor, or one for each tensor of the output, to write to instead of new ones (not where the forward
         has an argument of this name itself). They must be contiguous and must not share memory with the inputs.
         """
-        if self._plain and not kwargs:
-            try:
-                ready = self._ready.get(tuple([(t.shape, t.dtype, t.device) for t in args]))
-            except AttributeError:
-                ready = None
-            if ready is not None:
-                return ready.run(args)[0]
+        if self._direct is not None and len(args) == 1 and (not kwargs or (len(kwargs) == 1 and "out" in kwargs)):
+            value = self._direct(*args, **kwargs)
+            if value is not None:
+                return value
         out = kwargs.pop("out", None) if self._takes_out else None
         tensors, signature = self._bind(args, kwargs)
         placement = self.placement(signature)
-        if self._plain:
-            self._ready[tuple((t.shape, t.dtype, t.device) for t in tensors)] = placement
+        if self._plain and self._takes_out:
+            self._direct = placement.direct()
         if out is None:
             values = placement.run(tensors)
         else:
@@ -96,10 +93,11 @@ class Lowered:
 
     @property
     def _is_plain(self) -> bool:
-        """Positional tensors in, one tensor out: nothing to flatten."""
-        program, count = self.program, len(self.program.inputs)
-        tensors = len(program.input_slots) == count and len(program.outputs) == len(program.output_slots) == 1
-        return tensors and program.in_spec == pytree.tree_structure((tuple(range(count)), {})) \
+        """One positional tensor in, one tensor out: nothing to flatten."""
+        program = self.program
+        tensors = all(len(each) == 1 for each in (program.inputs, program.input_slots, program.outputs,
+                                                  program.output_slots))
+        return tensors and program.in_spec == pytree.tree_structure(((0,), {})) \
             and program.out_spec == pytree.tree_structure(0)
 
     def placement(self, signature: Signature) -> Placement:
@@ -110,7 +108,7 @@ class Lowered:
                 found = self.choice(signature.device.type).backend.place(self.program, signature)
                 while len(self._placements) >= PLACEMENTS:
                     del self._placements[next(iter(self._placements))]
-                    self._ready.clear()
+                    self._direct = None
             self._placements[signature] = found
             return found
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class _State:
     loose: dict[str, Tensor]
 
 
+class Direct(Protocol):
+    """See ``CpuPlacement.direct``."""
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor | None: ...
+
+
 class CpuPlacement:
     """See ``backends.base.Placement``. Any number of threads may run it at a time, each in an arena of its own.
 
@@ -68,7 +75,7 @@ class CpuPlacement:
         self._lay_out(builder.ops(skip_halos=not reuse))
         self._free: list[Tensor] = []
         self._lock = threading.Lock()
-        self._shapes = [slot.at(signature.batch) for slot in program.output_slots]
+        self._shapes = [torch.Size(slot.at(signature.batch)) for slot in program.output_slots]
         self._constants = [tensor.data_ptr() for tensor in builder.constants]
         self.plain = len(self.items) == 1 and isinstance(self.items[0], Stretch)
 
@@ -123,6 +130,29 @@ class CpuPlacement:
                 self.network.run(self.network.handle, 0, self._at[-1], 0, *self._addresses(inputs, outputs))
             else:
                 self._mixed(inputs, outputs)
+
+    def direct(self) -> Direct | None:
+        """One tensor to one tensor past all layers, where that is what the network does: gives None for an input that
+        is not exactly what the placement is for."""
+        inputs, outputs = self.program.input_slots, self.program.output_slots
+        if not (self.plain and len(inputs) == len(outputs) == 1 and inputs[0].dtype == torch.float32):
+            return None
+        shape, made = torch.Size(self.signature.shapes[0]), self._shapes[0]
+        run, handle, last = self.network.run, self.network.handle, self._at[-1]
+        constants, dtype, empty = self._constants, torch.float32, torch.empty
+        device = torch.device("cpu")
+
+        def call(x: Tensor, out: Tensor | None = None) -> Tensor | None:
+            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu \
+                    or not x.is_contiguous():
+                return None
+            if out is None:
+                out = empty(made, dtype=dtype, device=device)
+            elif out.shape != made or out.dtype is not dtype or not out.is_cpu or not out.is_contiguous():
+                return None
+            run(handle, 0, last, 0, x.data_ptr(), out.data_ptr(), *constants)
+            return out
+        return call
 
     def _addresses(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
         return [*[x.data_ptr() for x in inputs], *[y.data_ptr() for y in outputs], *self._constants]
@@ -202,6 +232,9 @@ class CpuPlacement:
             self._one_slice([x.chunk(self.slices)[number] if self.slices > 1 else x for x in inputs],
                             [y.chunk(self.slices)[number] if self.slices > 1 else y for y in outputs], note)
         for step in self.program.steps:
+            if step.name in self.builder.absorbed.values():
+                observe(step, (), seconds[step.name])
+                continue
             whole = tuple(torch.cat(parts) if self.slices > 1 and parts[0].dim() and slot.shape[0].scale else parts[0]
                           for slot, parts in zip(step.outputs, zip(*found[step.name], strict=True), strict=True))
             observe(step, whole, seconds[step.name])
@@ -223,7 +256,8 @@ class CpuPlacement:
             start = time.perf_counter()
             self.network.run(self.network.handle, first, last, memory, *addresses)
             seconds = time.perf_counter() - start
-            note(step, tuple(self.value(slot, state) for slot in step.outputs), seconds)
+            kept = step.name not in self.builder.absorbed.values()      # else its outputs never are in memory
+            note(step, tuple(self.value(slot, state) for slot in step.outputs) if kept else (), seconds)
         exports = self.builder.spans[self.program.steps[-1].name][1] if self.program.steps else 0
         self.network.run(self.network.handle, self._at[exports], self._at[-1], memory, *addresses)
         self._finish(state, outputs)

@@ -234,6 +234,9 @@ class ReferencePlacement:
             with torch.inference_mode(False), torch.no_grad():
                 return [value.clone(memory_format=torch.contiguous_format) for value in found]
 
+    def direct(self) -> None:
+        return None
+
     def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         copy_into(self.run(inputs), outputs)
 
