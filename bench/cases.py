@@ -149,7 +149,7 @@ class Results:
     versions and sources.
     """
 
-    SAME = ("schema", "sources", "device", "cpus", "versions", "settings")
+    SAME = ("schema", "sources", "extension", "device", "cpus", "versions", "settings")
 
     def __init__(self, path: Path, facts: Mapping[str, Any], resume: bool = False) -> None:
         """Raises ValueError, naming what differs, where another run's file was to be resumed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -86,6 +87,14 @@ def sources() -> str | None:
     return found.hexdigest()[:16]
 
 
+def extension() -> str | None:
+    """A hash of the C++ extension's binary, which may be older than its sources; None where there is none."""
+    found = importlib.util.find_spec("prunekern._C")
+    if found is None or found.origin is None:
+        return None
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:16]
+
+
 def cpus() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -101,7 +110,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             continue
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit(),
-            "sources": sources(), "device": gpu or processor(), "cpu": processor(), "cpus": cpus(),
+            "sources": sources(), "extension": extension(), "device": gpu or processor(), "cpu": processor(), "cpus": cpus(),
             "flags": instruction_sets(), "caches": caches(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.version.cuda, "platform": platform.platform(), "versions": versions,
             "load_average_before": load_average()}

@@ -26,6 +26,7 @@ from bench.isolation import OutOfTime, own_signal_stack, signal_stack, time_limi
 from bench.networks import TARGETS, Network, networks, odd, wanted
 from prunekern.analysis.latency import Row
 from prunekern.backends import BACKENDS
+from prunekern.kernels import unavailable
 from tests.models import make
 
 SETTING = Setting(torch.device("cpu"), threads=1)
@@ -237,7 +238,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     again.add(case(50, threads=2))
     assert [c["threads"] for c in json.loads(path.read_text())["cases"]] == [1, 2]
     assert ("fashion", 1, 1) not in Results(path, FACTS)
-    for key, value in {"sources": "b", "settings": {"seconds": 2.0}, "versions": {}}.items():
+    for key, value in {"sources": "b", "extension": "e", "settings": {"seconds": 2.0}, "versions": {}}.items():
         with pytest.raises(ValueError, match=f"another {key}"):
             Results(path, {**FACTS, key: value}, resume=True)
 
@@ -341,6 +342,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         torch.set_num_threads(before)
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     assert found["versions"]["torch"] == torch.__version__
+    assert (found["extension"] is None) == (unavailable() is not None)
     assert {"date", "commit", "sources", "device", "flags", "caches", "load_average_before"} <= set(found)
     assert found["peaks"]["1"]["gflops"] > 1
     assert [(c["model"], c["batch"], c["threads"]) for c in found["cases"]] == [("mlp", 1, 1), ("mlp", 2, 1)]
