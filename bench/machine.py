@@ -110,10 +110,10 @@ def environment(device: torch.device) -> dict[str, Any]:
             continue
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": commit(),
-            "sources": sources(), "extension": extension(), "device": gpu or processor(), "cpu": processor(), "cpus": cpus(),
-            "flags": instruction_sets(), "caches": caches(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "cuda": torch.version.cuda, "platform": platform.platform(), "versions": versions,
-            "load_average_before": load_average()}
+            "sources": sources(), "extension": extension(), "versions": versions,
+            "device": gpu or processor(), "cpu": processor(), "cpus": cpus(), "flags": instruction_sets(),
+            "caches": caches(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cuda": torch.version.cuda, "platform": platform.platform(), "load_average_before": load_average()}
 
 
 def peaks(device: torch.device, threads: Iterable[int]) -> dict[str, Any]:
