@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kBlockBytes = 256 << 10;
 // Fewer tiles than this would read the weights too often: one from memory costs as much as some dozen products.
 constexpr int64_t kFewestTiles = 24, kMostTiles = 168;
-constexpr int64_t kTaskProducts = 24000;
+// What makes it worth to wake another thread.
+constexpr int64_t kTaskProducts = 24000, kRowsAtLeast = 6;
 
 PK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -55,7 +56,7 @@ class Winograd final : public Op {
     tiles_ = y_.size[kN] * tile_rows_ * tile_columns_;
     for (int width = 1; width <= kMaxVectors; ++width)
       for (int rows = 1; rows <= rows_for(width); ++rows) product_[width][rows] = product_of(rows, width);
-    plan(f.threads(), f.integer("tiles", 0), f.integer("strips", 0));
+    plan(f.threads());
   }
 
   void run(const Run& run, int64_t begin, int64_t end) const override {
@@ -77,18 +78,18 @@ class Winograd final : public Op {
  private:
   static constexpr int64_t kElements = (M + 2) * (M + 2);
 
-  void plan(int64_t threads, int64_t tiles, int64_t strips) {
+  void plan(int64_t threads) {
     const int64_t tile_bytes = 4 * kElements * kLanes * (channel_vectors_ + vectors_);
-    const int64_t most = tiles ? smaller(tiles, kMostTiles) : smaller(larger(kBlockBytes / tile_bytes, kFewestTiles), kMostTiles);
+    const int64_t most = smaller(larger(kBlockBytes / tile_bytes, kFewestTiles), kMostTiles);
     blocks_ = (tiles_ + most - 1) / most;
-    strips_ = strips ? smaller(strips, panels_) : 1;
-    if (threads > 1 && !tiles && !strips) {
+    strips_ = 1;
+    if (threads > 1) {
+      // Blocks of few tiles read the weights once more each; strips repeat the transform of the input.
       const int64_t wanted = smaller(tiles_ * kElements * channels_ * outputs_ / kTaskProducts, 4 * threads);
-      const int64_t by_tiles = smaller(wanted, tiles_ / block_rows_);
-      // Blocks of few tiles read the weights once more each; strips only repeat the transform of the input.
-      if (by_tiles > blocks_) blocks_ = larger(blocks_, smaller(by_tiles, tiles_ / kFewestTiles));
-      if (blocks_ < wanted) strips_ = smaller(panels_, (wanted + blocks_ - 1) / blocks_);
-      if (blocks_ * strips_ < threads) blocks_ = larger(blocks_, smaller(by_tiles, threads));
+      blocks_ = larger(blocks_, smaller(wanted, tiles_ * 2 / kFewestTiles));
+      const int64_t each = smaller(wanted, 2 * threads);
+      if (blocks_ < each) strips_ = smaller(panels_, (each + blocks_ - 1) / blocks_);
+      if (blocks_ * strips_ < threads) blocks_ = larger(blocks_, smaller(smaller(wanted, threads), tiles_ / kRowsAtLeast));
     }
     tasks = blocks_ * strips_;
     if (tasks == 0) return;
