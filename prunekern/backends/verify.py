@@ -184,7 +184,7 @@ def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, A
     values: dict[str, Tensor] = {}
 
     def keep(step: Step, outputs: tuple[Tensor, ...], seconds: float) -> None:
-        values.update({slot.name: value.clone() for slot, value in zip(step.outputs, outputs, strict=True)})
+        values.update({slot.name: value.clone() for slot, value in zip(step.outputs, outputs, strict=False)})
     placement = lowered.placement(signature)
     placement.run(tensors, keep)
     return values, pytree.tree_leaves(lowered(*args, **kwargs), is_leaf=lambda leaf: leaf is None), placement.rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from prunekern import kernels
 from prunekern.backends.base import Signature
 from prunekern.backends.cpu import COMPILERS, CpuPlacement
 from prunekern.backends.cpu.builder import Settings
-from prunekern.backends.cpu.native import Field, Isa, NativeOp, Network, Recipe, extension, isa
-from prunekern.backends.cpu.place import Form, Place, allocate
+from prunekern.backends.cpu.native import Isa, extension, isa
+from prunekern.backends.cpu.place import Form
 from prunekern.backends.cpu.planar import blocks, pack, widest
 from prunekern.core.activations import apply
 from prunekern.core.graph import Dim
@@ -215,92 +214,71 @@ def test_not_a_number_stays_where_torch_has_it(algorithm: str, settings: Setting
 # ---- pooling -----------------------------------------------------------------------------------------------------
 
 
-def given(value: Tensor, form: Form, halo: tuple[Pair, Pair]) -> tuple[Place, Tensor]:
-    """A value in a buffer of its own."""
-    spot = allocate(tuple(value.shape), form, halo)
-    memory = torch.zeros(spot.buffer.floats + 16)
-    memory.as_strided(value.shape, spot.view.stride(), int(spot.view.storage_offset())).copy_(value)
-    return spot, memory
+def conv_and_pool(x: Tensor, weight: Tensor, bias: Tensor, average: bool, activation: Activation | None) -> Program:
+    n, (outputs, channels), (height, width) = Dim(1, 0), weight.shape[:2], x.shape[2:]
+    slots = [Slot(name, (n, *(Dim(0, size) for size in sizes)), torch.float32) for name, sizes in
+             (("x", (channels, height, width)), ("h", (outputs, height, width)),
+              ("y", (outputs, height // 2, width // 2)))]
+    attributes = {"kernel": [3, 3], "stride": [1, 1], "dilation": [1, 1], "padding": [[1, 1], [1, 1]], "groups": 1}
+    pool = {"kind": "avg" if average else "max", "kernel": [2, 2], "stride": [2, 2], "padding": [[0, 0], [0, 0]],
+            "dilation": [1, 1], "ceil": False, "count_include_pad": True, "divisor": None}
+    steps = (Step("conv", "conv", (slots[0],), (slots[1],), attributes, {"weight": "weight"},
+                  Epilogue("bias", activation)), Step("pool", "pool", (slots[1],), (slots[2],), pool))
+    return Program(steps, {"weight": weight, "bias": bias}, (slots[0],), (slots[2],), None, None)
 
 
-def run(op: str, x: Tensor, y: Tensor, form: Form, isa: Isa, keep: tuple[Tensor, ...] = (), **fields: Field) -> Tensor:
-    """One op by itself on x, with y's shape; what is around y must stay zero."""
-    source, memory = given(x, form, ((1, 1), (1, 1)))
-    target, result = given(torch.zeros_like(y), form, ((0, 2), (1, 0)))
-    source.buffer.base, target.buffer.base = 1, 2
-    axes = (0, 1, None, 2, 3)
-    pitch = {"pitch": list(source.view.stride()[2:])} if op == "planar_conv" else {}
-    native = NativeOp(op, op, {"x": source.fields(axes), "y": target.fields(axes), "images": int(form is Form.IMAGES),
-                               **pitch, **fields})
-    network = Network(Recipe(isa.name, 1, 64, (native,), 1, (0, 0)), keep)
-    network.run(network.handle, 0, 1, 0, memory.data_ptr(), result.data_ptr())
-    inside = result.as_strided(y.shape, target.view.stride(), int(target.view.storage_offset()))
-    got = inside.clone()
-    inside.zero_()
-    assert not result.any()
-    return got
+def check_pool(batch: int, channels: int, size: Pair, average: bool, activation: Activation | None, algorithm: str,
+               settings: Settings) -> str:
+    """How the pooling ran."""
+    torch.manual_seed(size[1])
+    x, weight, bias = torch.randn(batch, channels, *size), torch.randn(7, channels, 3, 3) * 0.3, torch.randn(7)
+    placement = place(conv_and_pool(x, weight, bias, average, activation), [x],
+                      replace(settings, choices={"conv": algorithm}))
 
-
-@needs_cpp
-@pytest.mark.parametrize("form", FORMS.values())
-@pytest.mark.parametrize("average", [False, True])
-def test_convolution_pooled_in_registers(average: bool, form: Form, settings: Settings) -> None:
-    for width in range(2, 37):
-        torch.manual_seed(width)
-        x = torch.randn(3 if form is Form.PLANAR else 5 + width, 2, 2 + width % 7, width)
-        weight, bias = torch.randn(7, 2, 3, 3) * 0.3, torch.randn(7)
-        sizes = blocks(7, 1, 6 if settings.isa.lanes == 16 else 2)
-        packed = pack(weight, sizes)
-
-        def definition(dtype: torch.dtype, x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-            y = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), padding=1).relu()
-            return F.avg_pool2d(y, 2) if average else F.max_pool2d(y, 2)
-        exact = definition(torch.float64)
-        got = run("planar_conv", x, exact, form, settings.isa, (packed, bias), weight=packed.data_ptr(),
-                  bias=bias.data_ptr(), act=1, blocks=sizes, groups=1, kernel=[3, 3], stride=[1, 1], dilation=[1, 1],
-                  pad=[1, 1], pool=2 if average else 1)
-        assert error(got, exact) <= limit(error(definition(torch.float32), exact), torch.float32), width
-
-
-POOLS: list[dict[str, Any]] = [
-    {"kernel": (2, 2), "stride": (2, 2)},
-    {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)},
-    {"kernel": (3, 2), "stride": (1, 3), "padding": (1, 1)},
-    {"kernel": (5, 5), "stride": (1, 1), "padding": (2, 2)},
-    {"kernel": (2, 3), "stride": (2, 1), "dilation": (2, 2)},
-    {"kernel": (2, 2), "stride": (2, 2), "ceil_mode": True},
-    {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 0), "count_include_pad": False},
-    {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1), "ceil_mode": True},
-    {"kernel": (2, 2), "stride": (2, 2), "divisor_override": 3},
-]
-
-
-def pooled(x: Tensor, average: bool, pool: dict[str, Any]) -> Tensor | None:
-    """None where torch has no such pooling."""
-    at = dict(pool)
-    kernel = at.pop("kernel")
-    only = {"dilation"} if average else {"count_include_pad", "divisor_override"}
-    if only & set(at):
-        return None
-    return F.avg_pool2d(x, kernel, **at) if average else F.max_pool2d(x, kernel, **at)
+    def definition(dtype: torch.dtype) -> Tensor:
+        y = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), padding=1)
+        if activation is not None:
+            y = apply(activation.kind, activation.constants, y)
+        return F.avg_pool2d(y, 2) if average else F.max_pool2d(y, 2)
+    exact = definition(torch.float64)
+    for _ in range(2):
+        (got,) = placement.run([x])
+        assert error(got, exact) <= limit(error(definition(torch.float32), exact), torch.float32), size
+    seen: dict[str, int] = {}
+    placement.run([x], lambda step, outputs, _: seen.update({step.name: len(outputs)}))
+    how = placement.algorithms["pool"]
+    assert seen == {"conv": 0 if how == "within conv" else 1, "pool": 1}
+    return how
 
 
 @needs_cpp
-@pytest.mark.parametrize("form", FORMS.values())
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("pool", POOLS, ids=str)
-def test_pooling(pool: dict[str, Any], average: bool, form: Form, settings: Settings) -> None:
-    for width in (5, 6, 8, 13, 16, 28, 33, 70):
-        x = torch.randn(2 if form is Form.PLANAR else 19, 3, 6 + width % 2, width)
-        x[0, 1, 2, width // 2] = torch.nan
-        exact = pooled(x.double(), average, pool)
-        if exact is None:
-            return
-        got = run("planar_pool", x, exact, form, settings.isa, kind=2 if average else 1, kernel=list(pool["kernel"]),
-                  stride=list(pool["stride"]), pad=list(pool.get("padding", (0, 0))),
-                  dilation=list(pool.get("dilation", (1, 1))), divisor=pool.get("divisor_override", 0),
-                  count_include_pad=int(pool.get("count_include_pad", True)))
-        assert error(got, exact) <= 1e-6, width
+@pytest.mark.parametrize("algorithm", FORMS)
+def test_pooling_after_a_convolution(algorithm: str, average: bool, settings: Settings) -> None:
+    ways = {check_pool(3 if algorithm == PIXELS else 7 + width, 1 + 3 * (width % 2), (2 + width % 7, width), average,
+                       ACTIVATIONS[width % 3], algorithm, settings) for width in range(2, 37)}
+    narrow = algorithm == PIXELS and settings.isa.lanes > 4          # registers that pairs of rows would leave empty
+    assert ways == ({"within conv", "2x2"} if narrow else {"within conv"})
+
+
+@needs_cpp
+@pytest.mark.parametrize("average", [False, True])
+def test_pooling_that_cannot_be_within(average: bool, settings: Settings) -> None:
+    silu = Activation("silu")
+    assert check_pool(2, 1, (28, 28), average, silu, PIXELS, settings) == "2x2"
+    assert check_pool(16, 1, (8, 8), average, silu, IMAGES, settings) == "windows"
+
+
+@needs_cpp
+@pytest.mark.parametrize("algorithm", FORMS)
+@pytest.mark.parametrize("channels", [1, 40])
+def test_pooling_keeps_not_a_number(channels: int, algorithm: str, settings: Settings) -> None:
+    x, weight = torch.randn(9, channels, 28, 28), torch.randn(7, channels, 3, 3)
+    x[0, 0, 3, 5] = x[8, 0, 27, 27] = torch.nan
+    program = conv_and_pool(x, weight, torch.zeros(7), False, Activation("relu"))
+    (got,) = place(program, [x], replace(settings, choices={"conv": algorithm})).run([x])
+    expected = F.max_pool2d(F.conv2d(x, weight, padding=1).relu(), 2)
+    assert torch.equal(got.isnan(), expected.isnan())
 
 
 # ---- packing -----------------------------------------------------------------------------------------------------

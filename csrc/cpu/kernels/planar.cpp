@@ -9,9 +9,6 @@
 // rows: rows of y of a task (0: the kernel chooses).
 // pool: 1 maximum, 2 average: y is pooled 2 x 2 with stride 2, in registers; for a clamp as activation and no residual,
 // with blocks of at most 6 channels (2 where there are 16 registers).
-//
-// planar_pool: views x, y; kind (1 maximum, 2 average), kernel, stride, pad, dilation [2], count_include_pad, divisor
-// (0: the window's size); images as above. Reads up to 128 bytes beyond x, not used.
 #include "planar.h"
 
 #include "../math.h"
@@ -361,42 +358,10 @@ void PlanarConv::run(const Run& run, int64_t begin, int64_t end) const {
   }
 }
 
-class PlanarPool final : public Op {
- public:
-  explicit PlanarPool(const Fields& f) : x_(f.view("x")), y_(f.view("y")), window_(Window::of(f)) {
-    for (int a = 0; a < 2; ++a) window_.in[a] = x_.size[kH + a], window_.out[a] = y_.size[kH + a];
-    images_ = f.integer("images", 0) != 0;
-    const int lanes = images_ ? kN : kW;
-    if ((x_.stride[lanes] != 1 && x_.size[lanes] > 1) || (y_.stride[lanes] != 1 && y_.size[lanes] > 1))
-      fail("planar_pool: lanes must be next to each other");
-    planes_ = images_ ? x_.size[kC] : x_.size[kN] * x_.size[kC];
-    const int64_t work = y_.size[kN] * y_.size[kC] * y_.size[kH] * y_.size[kW] * window_.kernel[0] * window_.kernel[1];
-    tasks = f.threads() == 1 ? 1 : most(1, least(least(planes_, 4 * f.threads()), work / 40000));
-    scratch = window_.scratch() * 4;
-  }
-  void run(const Run& run, int64_t begin, int64_t end) const override {
-    const int64_t channels = x_.size[kC];
-    const Pitch in{x_.stride[kH], x_.stride[kW]}, out{y_.stride[kH], y_.stride[kW]};
-    for (int64_t p = planes_ * begin / tasks; p < planes_ * end / tasks; ++p) {
-      const float* x = x_.at(run) + p / channels * x_.stride[kN] + p % channels * x_.stride[kC];
-      float* y = y_.at(run) + p / channels * y_.stride[kN] + p % channels * y_.stride[kC];
-      if (images_) pool_images(window_, x, in, y, out, x_.size[kN]);
-      else pool_plane(window_, x, in.h, y, out.h, reinterpret_cast<float*>(run.scratch));
-    }
-  }
-
- private:
-  View x_, y_;
-  Window window_;
-  bool images_;
-  int64_t planes_;
-};
-
 }  // namespace
 }  // namespace planar
 
 Op* make_planar_conv(const Fields& f) { return new planar::PlanarConv(f); }
-Op* make_planar_pool(const Fields& f) { return new planar::PlanarPool(f); }
 
 }  // namespace PK_ISA
 }  // namespace pk

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "../epilogue.h"
-#include "planar_pool.h"
+#include "planar_lanes.h"
 
 namespace pk {
 namespace PK_ISA {

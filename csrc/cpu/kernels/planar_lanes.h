@@ -1,4 +1,4 @@
-// Lane shuffles of the planar kernels, and memory without standard templates (op.h says why).
+// Lane shuffles and other small parts of the planar kernels, and memory without standard templates (op.h says why).
 #pragma once
 
 #include <cstdlib>
@@ -28,6 +28,14 @@ PK_INLINE vec odds(vec a, vec b) { return in_order(_mm256_shuffle_ps(a, b, 0xdd)
 PK_INLINE vec evens(vec a, vec b) { return vec{a[0], a[2], b[0], b[2]}; }
 PK_INLINE vec odds(vec a, vec b) { return vec{a[1], a[3], b[1], b[3]}; }
 #endif
+
+// Of a window, so far.
+PK_INLINE vec pooled(bool average, vec a, vec b) { return average ? add(a, b) : max_nan(a, b); }
+
+// Where a plane lies: elements from a row to the next, from a pixel to the next.
+struct Pitch {
+  int64_t h, w;
+};
 
 PK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 PK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -94,6 +94,7 @@ class Builder:
         self.forms: dict[str, Form] = {}
         self.foreign: dict[str, str] = {}                    # step -> why it is
         self.algorithms: dict[str, str] = {}
+        self.absorbed: dict[str, str] = {}                   # step -> an earlier one that does its work too
         self.rows: dict[str, str] = {}                       # step -> its row of lower/tolerance.py
         self.places: dict[str, Place] = {}
         self.flat: dict[str, Slot] = {}                      # a flattened image that has no place of its own -> it
@@ -153,6 +154,11 @@ class Builder:
             if slot.name not in self._cut:
                 self._open(place)
         return self.places[slot.name]
+
+    def absorb(self, step: Step, by: Step) -> Place:
+        """Where a later step puts its output, which ``by`` does now; what is between them never is in memory."""
+        self.absorbed[step.name] = by.name
+        return self.write(step.output)
 
     def temporary(self, floats: int) -> Place:
         """Memory between two ops of a step."""
@@ -313,7 +319,9 @@ class Builder:
         return slot.name, start
 
     def _place(self, step: Step) -> None:
-        if step.name in self.foreign:
+        if step.name in self.absorbed:
+            self.algorithms[step.name] = f"within {self.absorbed[step.name]}"
+        elif step.name in self.foreign:
             self._place_foreign(step)
         else:
             self._compilers[step.op].emit(self, step)

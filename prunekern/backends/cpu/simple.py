@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunekern.backends.cpu import planar
 from prunekern.backends.cpu.builder import Builder, Compiler, Need, Ref, axes, image, spatial
 from prunekern.backends.cpu.native import Field, activation_fields
 from prunekern.backends.cpu.place import AXES, Form, Place
@@ -175,6 +176,8 @@ def _emit_pool(builder: Builder, step: Step, windows: Sequence[Window], dilation
 
 
 def pool(builder: Builder, step: Step) -> str:
+    if planar.emit_pool(builder, step):
+        return "2x2"
     at = step.attributes
     average = at["kind"] == "avg"
     dilation = [1] * len(at["kernel"]) if average else at["dilation"]
