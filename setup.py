@@ -55,6 +55,17 @@ def find_compiler() -> str | None:
     return next((name for name in names if name.split() and shutil.which(name.split()[0])), None)
 
 
+def is_stale(target: Path, flags: str) -> bool:
+    """Whether an object is missing, made with other flags, or older than a file that it was made from (as the
+    compiler listed them beside it)."""
+    try:
+        made = target.stat().st_mtime
+        sources = target.with_suffix(".d").read_text().split(":", 1)[1].replace("\\\n", " ").split()
+        return target.with_suffix(".flags").read_text() != flags or made < max(os.stat(s).st_mtime for s in sources)
+    except (OSError, IndexError, ValueError):
+        return True
+
+
 class OptionalBuildExt(build_ext):
     """`build_ext` that leaves the extension out, with its reason, instead of failing the install."""
 
@@ -104,18 +115,17 @@ class OptionalBuildExt(build_ext):
 
     def compile_kernels(self) -> list[str]:
         """The kernel units' objects, one per unit and instruction set; what is up to date is left alone."""
-        engine = {Path("csrc/cpu/engine.h"), Path("csrc/cpu/pool.h")}       # kernels know nothing of these
-        headers = max(path.stat().st_mtime for path in Path("csrc/cpu").rglob("*.h") if path not in engine)
         jobs = [(unit, isa, Path(self.build_temp) / isa) for unit in sorted(Path("csrc/cpu/kernels").glob("*.cpp"))
                 for isa in INSTRUCTION_SETS]
 
         def compile_one(job: tuple[Path, str, Path]) -> str:
             unit, isa, folder = job
             (target,) = self.compiler.object_filenames([str(unit)], output_dir=str(folder))
-            made = Path(target).stat().st_mtime if Path(target).exists() else 0.0
-            if self.force or made < max(headers, unit.stat().st_mtime):
+            flags = [*KERNEL_FLAGS, *INSTRUCTION_SETS[isa], *EXTRA_FLAGS]
+            if self.force or is_stale(Path(target), " ".join(flags)):
                 self.compiler.compile([str(unit)], output_dir=str(folder), macros=[("PK_ISA", isa)],
-                                      extra_postargs=[*KERNEL_FLAGS, *INSTRUCTION_SETS[isa], *EXTRA_FLAGS])
+                                      extra_postargs=[*flags, "-MMD"])
+                Path(target).with_suffix(".flags").write_text(" ".join(flags))
             return target
         with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
             return list(workers.map(compile_one, jobs))
