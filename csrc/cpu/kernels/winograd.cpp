@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kBlockBytes = 256 << 10;
 // Fewer tiles than this would read the weights too often: one from memory costs as much as some dozen products.
 constexpr int64_t kFewestTiles = 24, kMostTiles = 168;
-// What makes it worth to wake another thread.
+// What makes it worth to wake another thread: products, and tiles where there are few.
 constexpr int64_t kTaskProducts = 24000, kRowsAtLeast = 6;
 
 PK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -89,7 +89,8 @@ class Winograd final : public Op {
       blocks_ = larger(blocks_, smaller(wanted, tiles_ * 2 / kFewestTiles));
       const int64_t each = smaller(wanted, 2 * threads);
       if (blocks_ < each) strips_ = smaller(panels_, (each + blocks_ - 1) / blocks_);
-      if (blocks_ * strips_ < threads) blocks_ = larger(blocks_, smaller(smaller(wanted, threads), tiles_ / kRowsAtLeast));
+      const int64_t last_resort = smaller(smaller(wanted, threads), tiles_ / kRowsAtLeast);
+      if (blocks_ * strips_ < threads) blocks_ = larger(blocks_, last_resort);
     }
     tasks = blocks_ * strips_;
     if (tasks == 0) return;

@@ -40,7 +40,8 @@ def weight_matrix(m: int) -> Tensor:
 def transform(weight: Tensor, m: int) -> Tensor:
     """``G w G^T`` of weights [O, C, 3, 3]: [(m + 2)^2, O, C], rounded once, to fp32."""
     g = weight_matrix(m)
-    return torch.einsum("ik,ockl,jl->ijoc", g, weight.detach().double(), g).flatten(0, 1).float()
+    outputs, channels = weight.shape[:2]
+    return (torch.kron(g, g) @ weight.detach().double().reshape(-1, 9).T).float().view(-1, outputs, channels)
 
 
 def takes(geometry: Geometry) -> str | None:
