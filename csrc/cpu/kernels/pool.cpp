@@ -187,7 +187,8 @@ void line_planar(const Pool& o, const float* x, float* y, int64_t d, int64_t h) 
 template <typename F>
 void Pool::choose() {
   const bool planar = x.stride[kW] == 1 && y.stride[kW] == 1;
-  if (x.stride[kC] == 1 && y.stride[kC] == 1) line_of = line_last<F>;
+  const bool narrow = planar && stride[2] <= 2 && y.size[kC] < kLanes && y.size[kC] < y.size[kW];  // few channels
+  if (x.stride[kC] == 1 && y.stride[kC] == 1 && !narrow) line_of = line_last<F>;
   else if (planar && stride[2] == 1) line_of = line_planar<F, 1>;
   else if (planar && stride[2] == 2) line_of = line_planar<F, 2>;
   else line_of = line_any<F>;

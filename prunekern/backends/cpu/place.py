@@ -71,7 +71,7 @@ class Place:
     def fields(self, axes: Sequence[int | None]) -> list[int]:
         """The engine's View. axes: which of the value's axes is n, c, d, h, w; None where there is none."""
         sizes = [1 if axis is None else int(self.view.shape[axis]) for axis in axes]
-        strides = [0 if axis is None or self.view.shape[axis] == 1 else int(self.view.stride(axis)) for axis in axes]
+        strides = [0 if axis is None else int(self.view.stride(axis)) for axis in axes]     # halos need those of size 1
         return [self.buffer.base, self.offset, *sizes, *strides]
 
     def on(self, memory: Tensor) -> Tensor:
