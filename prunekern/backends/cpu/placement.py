@@ -98,7 +98,9 @@ class CpuPlacement:
         slots = (*self.program.input_slots, *self.program.output_slots)
         per_slice = [slot.dtype.itemsize * torch.Size(slot.at(self.builder.batch)).numel() for slot in slots]
         recipe = Recipe(self.settings.isa.name, self.settings.threads, self.arena.size, tuple(ops), self.slices,
-                        (*per_slice, *[0] * len(self.builder.constants)))
+                        (*per_slice, *[0] * len(self.builder.constants)),
+                        tuple(tuple(self._at[item] for item in group) for group in self.builder.groups),
+                        self.builder.local_bytes)
         self.network = Network(recipe, [*self.builder.keep, *self.builder.constants])
 
     def _aside(self, item: Foreign) -> Aside:
@@ -202,7 +204,8 @@ class CpuPlacement:
         base = place.buffer.base
         if base == 0:
             return place.on(state.memory)
-        return state.bases[base - 1].as_strided(place.view.shape, place.view.stride(), place.offset // 4)
+        origin = state.bases[base - 1]                # a slice of the batch begins somewhere in its storage
+        return origin.as_strided(place.view.shape, place.view.stride(), origin.storage_offset() + place.offset // 4)
 
     def timer(self) -> Callable[[], list[int]]:
         """Runs the native ops of one slice on random inputs and gives the nanoseconds of each; for the tuner."""
