@@ -18,19 +18,23 @@ struct SumF {
   static PK_INLINE float of(float acc, float x) { return acc + x; }
 };
 
-// kLanes numbers, every `step`-th (1 or 2); only the first n are needed, and no more than those are read.
-template <int step>
+// kLanes numbers, every `step`-th (1 or 2); only the first n are needed, and no more than those are read. full: n is
+// kLanes or more.
+template <int step, bool full>
 PK_INLINE vec spread(const float* p, int64_t n) {
-  if (step == 1) return n >= kLanes ? load(p) : load(p, first(n));
+  if (step == 1) return full ? load(p) : load(p, first(n));
+#if defined(__AVX512F__) || defined(__AVX2__)
+  const vec a = full ? load(p) : load(p, first(2 * n - 1));
+  const vec b = load(p + kLanes, first(full ? kLanes - 1 : 2 * n - 1 - kLanes));
+#endif
 #if defined(__AVX512F__) && defined(__AVX512BW__)
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  return _mm512_permutex2var_ps(load(p, first(2 * n - 1)), even, load(p + kLanes, first(2 * n - 1 - kLanes)));
+  return _mm512_permutex2var_ps(a, even, b);
 #elif defined(__AVX2__)
-  const vec a = load(p, first(2 * n - 1)), b = load(p + kLanes, first(2 * n - 1 - kLanes));
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
 #else
   vec x = zero();
-  for (int64_t i = 0; i < n && i < kLanes; ++i) x[i] = p[2 * i];
+  for (int64_t i = 0; i < kLanes; ++i) if (full || i < n) x[i] = p[2 * i];
   return x;
 #endif
 }
@@ -110,14 +114,18 @@ PK_INLINE void window(const Pool& o, const float* x, float* y, int64_t d, int64_
   const int64_t deep = o.counts[0][d], high = o.counts[1][h], wide = o.counts[2][w];
   vec acc[V];
   for (int v = 0; v < V; ++v) acc[v] = set(F::start());
-  for (int64_t i = 0; i < deep * high; ++i) {  // a sum of sums of rows: more accurate than one long sum
-    const float* row = x + i / high * o.dilation[0] * o.x.stride[kD] + i % high * o.dilation[1] * o.x.stride[kH];
-    vec part[V];
-    for (int v = 0; v < V; ++v) part[v] = set(F::start());
-    for (int64_t k = 0; k < wide; ++k, row += o.dilation[2] * o.x.stride[kW])
-      for (int v = 0; v < V; ++v) part[v] = F::of(part[v], V == 1 ? load(row, m) : load(row + v * kLanes));
-    for (int v = 0; v < V; ++v) acc[v] = F::of(acc[v], part[v]);
-  }
+  const int64_t step = o.dilation[2] * o.x.stride[kW];
+  for (int64_t i = 0; i < deep && wide > 0; ++i)
+    for (int64_t j = 0; j < high; ++j) {  // a sum of sums of rows: more accurate than one long sum
+      const float* p = x + i * o.dilation[0] * o.x.stride[kD] + j * o.dilation[1] * o.x.stride[kH];
+      vec part[V];
+      for (int v = 0; v < V; ++v) part[v] = V == 1 ? load(p, m) : load(p + v * kLanes);
+      for (int64_t k = 1; k < wide; ++k) {
+        p += step;
+        for (int v = 0; v < V; ++v) part[v] = F::of(part[v], V == 1 ? load(p, m) : load(p + v * kLanes));
+      }
+      for (int v = 0; v < V; ++v) acc[v] = F::of(acc[v], part[v]);
+    }
   if (F::start() == 0) {
     const vec factor = set(o.factor(d, h, w));
     for (int v = 0; v < V; ++v) acc[v] = mul(acc[v], factor);
@@ -160,27 +168,32 @@ void line_any(const Pool& o, const float* x, float* y, int64_t d, int64_t h) {
       y[c * o.y.stride[kC] + w * o.y.stride[kW]] = element<F>(o, x + c * o.x.stride[kC], d, h, w);
 }
 
+// kLanes outputs (or the first n) of a row of pixels, from the window of the first one on.
+template <typename F, int step, bool full>
+PK_INLINE vec windows(const Pool& o, const float* x, int64_t d, int64_t h, int64_t w, int64_t n) {
+  const int64_t deep = o.counts[0][d], high = o.counts[1][h], wide = o.counts[2][w];
+  vec acc = set(F::start());
+  for (int64_t i = 0; i < deep && wide > 0; ++i)
+    for (int64_t j = 0; j < high; ++j) {
+      const float* row = x + i * o.dilation[0] * o.x.stride[kD] + j * o.dilation[1] * o.x.stride[kH];
+      vec part = spread<step, full>(row, n);
+      for (int64_t k = 1; k < wide; ++k) part = F::of(part, spread<step, full>(row + k * o.dilation[2], n));
+      acc = F::of(acc, part);
+    }
+  return F::start() == 0 ? mul(acc, set(o.factor(d, h, w))) : acc;
+}
+
 // Pixels next to each other: a register of outputs at a time where their windows are whole and 1 or 2 apart.
 template <typename F, int step>
 void line_planar(const Pool& o, const float* x, float* y, int64_t d, int64_t h) {
-  const int64_t deep = o.counts[0][d], high = o.counts[1][h];
   for (int64_t c = 0; c < o.y.size[kC]; ++c, x += o.x.stride[kC], y += o.y.stride[kC]) {
     for (int64_t w = 0; w < o.inner_begin; ++w) y[w] = element<F>(o, x, d, h, w);
-    for (int64_t w = o.inner_begin; w < o.inner_end; w += kLanes) {
-      const int64_t n = o.inner_end - w;
-      const float* from = x + o.start[2][w];
-      vec acc = set(F::start());
-      for (int64_t i = 0; i < deep; ++i)
-        for (int64_t j = 0; j < high; ++j) {
-          const float* row = from + i * o.dilation[0] * o.x.stride[kD] + j * o.dilation[1] * o.x.stride[kH];
-          vec part = set(F::start());
-          for (int64_t k = 0; k < o.counts[2][w]; ++k) part = F::of(part, spread<step>(row + k * o.dilation[2], n));
-          acc = F::of(acc, part);
-        }
-      if (F::start() == 0) acc = mul(acc, set(o.factor(d, h, w)));
-      store(y + w, acc, first(n));
-    }
-    for (int64_t w = o.inner_end; w < o.y.size[kW]; ++w) y[w] = element<F>(o, x, d, h, w);
+    int64_t w = o.inner_begin;
+    for (; w + kLanes <= o.inner_end; w += kLanes)
+      store(y + w, windows<F, step, true>(o, x + o.start[2][w], d, h, w, kLanes));
+    const int64_t n = o.inner_end - w;
+    if (n > 0) store(y + w, windows<F, step, false>(o, x + o.start[2][w], d, h, w, n), first(n));
+    for (w = o.inner_end; w < o.y.size[kW]; ++w) y[w] = element<F>(o, x, d, h, w);
   }
 }
 
