@@ -83,6 +83,10 @@ pk::Recipe recipe(PyObject* dict) {
   result.arena = integer(item(dict, "arena"));
   result.slices = integer(item(dict, "slices"));
   result.slice_bytes = value(item(dict, "slice_bytes")).integers;
+  result.local = integer(item(dict, "local"));
+  PyObject* const groups = item(dict, "groups");
+  for (Py_ssize_t i = 0; i < PyList_Size(groups); ++i)
+    result.groups.push_back(value(PyList_GetItem(groups, i)).integers);
   PyObject* const ops = item(dict, "ops");
   for (Py_ssize_t i = 0; i < PyList_Size(ops); ++i) result.ops.push_back(fields(PyList_GetItem(ops, i)));
   return result;
@@ -107,15 +111,36 @@ pk::Network* network(PyObject* capsule) {
   return static_cast<pk::Network*>(pointer);
 }
 
+// The capsule owns the network, and what its addresses point into ("keep"): a call that runs while all else forgets the
+// network still has both.
 PyObject* build(PyObject*, PyObject* dict) {
   return guarded([&] {
     auto made = std::make_unique<pk::Network>(recipe(dict));
+    PyObject* const keep = item(dict, "keep");
     PyObject* capsule = PyCapsule_New(made.get(), kCapsule, [](PyObject* self) {
       delete static_cast<pk::Network*>(PyCapsule_GetPointer(self, kCapsule));
+      Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(self)));
     });
-    if (capsule != nullptr) made.release();
+    if (capsule != nullptr) {
+      made.release();
+      Py_INCREF(keep);
+      PyCapsule_SetContext(capsule, keep);
+    }
     return capsule;
   });
+}
+
+// Runs f without the GIL.
+template <typename F>
+void unlocked(F&& f) {
+  PyThreadState* const state = PyEval_SaveThread();
+  try {
+    f();
+  } catch (...) {
+    PyEval_RestoreThread(state);
+    throw;
+  }
+  PyEval_RestoreThread(state);
 }
 
 // run(network, begin, end, arena, *addresses)
@@ -131,14 +156,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     std::unique_ptr<char*[]> many(given > kFew ? new char*[size_t(given)] : nullptr);
     char** const addresses = many ? many.get() : few;
     for (int64_t i = 0; i < given; ++i) addresses[i] = reinterpret_cast<char*>(integer(args[4 + i]));
-    PyThreadState* const state = PyEval_SaveThread();
-    try {
-      self->run(begin, end, arena, addresses, given);
-    } catch (...) {
-      PyEval_RestoreThread(state);
-      throw;
-    }
-    PyEval_RestoreThread(state);
+    unlocked([&] { self->run(begin, end, arena, addresses, given); });
     Py_RETURN_NONE;
   });
 }
@@ -152,7 +170,7 @@ PyObject* times(PyObject*, PyObject* const* args, Py_ssize_t count) {
     std::vector<char*> addresses;
     for (Py_ssize_t i = 2; i < count; ++i) addresses.push_back(reinterpret_cast<char*>(integer(args[i])));
     std::vector<int64_t> found(size_t(self->size()));
-    self->time(arena, addresses.data(), int64_t(addresses.size()), found.data());
+    unlocked([&] { self->time(arena, addresses.data(), int64_t(addresses.size()), found.data()); });
     PyObject* list = PyList_New(Py_ssize_t(found.size()));
     check(list != nullptr);
     for (size_t i = 0; i < found.size(); ++i) PyList_SetItem(list, Py_ssize_t(i), PyLong_FromLongLong(found[i]));

@@ -140,6 +140,9 @@ Network::Network(Recipe recipe) : recipe_(std::move(recipe)) {
     }
     scratch_ = std::max(scratch_, ops_.back()->scratch);
   }
+  scratch_ = (scratch_ + 63) / 64 * 64;
+  group_at_.assign(ops_.size(), -1);
+  for (size_t i = 0; i < recipe_.groups.size(); ++i) group_at_.at(size_t(recipe_.groups[i].at(0))) = int64_t(i);
 }
 
 Network::~Network() = default;
@@ -197,10 +200,39 @@ void run_tasks(const void* context, int64_t begin, int64_t end) {
 }  // namespace
 
 void Network::run_ops(int64_t begin, int64_t end, char* const* bases, int64_t threads) const {
-  const int64_t scratch = std::max<int64_t>(scratch_, 64);
   for (int64_t i = begin; i < end; ++i) {
-    const OpCall call{ops_[size_t(i)].get(), bases, scratch};
-    parallel(threads, call.op->tasks, 1, run_tasks, &call);
+    const int64_t group = group_at_[size_t(i)];
+    if (group < 0) {
+      const OpCall call{ops_[size_t(i)].get(), bases, scratch_};
+      parallel(threads, call.op->tasks, 1, run_tasks, &call);
+      continue;
+    }
+    struct Context {
+      const Network* network;
+      const std::vector<int64_t>* chains;
+      char* const* bases;
+    } context{this, &recipe_.groups[size_t(group)], bases};
+    parallel(threads, int64_t(context.chains->size()) - 1, 1, [](const void* opaque, int64_t first, int64_t last) {
+      const Context& c = *static_cast<const Context*>(opaque);
+      for (int64_t chain = first; chain < last; ++chain)
+        c.network->run_chain((*c.chains)[size_t(chain)], (*c.chains)[size_t(chain) + 1], c.bases);
+    }, &context);
+    i = context.chains->back() - 1;
+  }
+}
+
+void Network::run_chain(int64_t begin, int64_t end, char* const* bases) const {
+  char* const scratch = thread_scratch(scratch_ + recipe_.local);
+  const size_t count = recipe_.slice_bytes.size() + 1;
+  constexpr size_t kFew = 32;
+  char* few[kFew + 1];
+  std::vector<char*> many(count > kFew ? count + 1 : 0);
+  char** const own = many.empty() ? few : many.data();
+  std::copy(bases, bases + count, own);
+  own[count] = scratch + scratch_;
+  for (int64_t i = begin; i < end; ++i) {
+    const Op& op = *ops_[size_t(i)];
+    if (op.tasks > 0) op.run(Run{own, scratch}, 0, op.tasks);
   }
 }
 
@@ -209,9 +241,12 @@ void Network::time(char* arena, char* const* addresses, int64_t count, int64_t* 
   std::vector<char*> bases(addresses, addresses + count);
   bases.insert(bases.begin(), arena);
   using Clock = std::chrono::steady_clock;
-  for (int64_t i = 0; i < size(); ++i) {
+  std::fill(times, times + size(), 0);
+  for (int64_t i = 0, next = 0; i < size(); i = next) {
+    const int64_t group = group_at_[size_t(i)];
+    next = group < 0 ? i + 1 : recipe_.groups[size_t(group)].back();
     const Clock::time_point start = Clock::now();
-    run_ops(i, i + 1, bases.data(), recipe_.slices > 1 ? 1 : recipe_.threads);
+    run_ops(i, next, bases.data(), recipe_.slices > 1 ? 1 : recipe_.threads);
     times[i] = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
   }
 }

@@ -32,6 +32,11 @@ struct Recipe {
   int64_t slices = 1;                                // of the batch, one after another or on several threads
   std::vector<int64_t> slice_bytes;                  // per input or output: from one slice to the next
   std::vector<FieldValues> ops;
+  // Groups of ops that are cut into chains: a group is the first op of every chain, and the end of the last one. A
+  // chain runs on one thread from end to end; what flows through it stays in that thread's own memory (`local` bytes,
+  // the base after all others).
+  std::vector<std::vector<int64_t>> groups;
+  int64_t local = 0;
 };
 
 class Network {
@@ -52,13 +57,15 @@ class Network {
   class Workspace;
   void run_slices(int64_t begin, int64_t end, char* const* addresses) const;
   void run_ops(int64_t begin, int64_t end, char* const* bases, int64_t threads) const;
+  void run_chain(int64_t begin, int64_t end, char* const* bases) const;
   std::unique_ptr<Workspace> acquire() const;
   void release(std::unique_ptr<Workspace> space) const;
 
   Recipe recipe_;
   std::vector<std::unique_ptr<Fields>> fields_;      // Ops keep addresses into them
   std::vector<std::unique_ptr<Op>> ops_;
-  int64_t scratch_ = 0;
+  std::vector<int64_t> group_at_;                    // of each op: the group that starts there, or -1
+  int64_t scratch_ = 64;                             // bytes that the hungriest op wants
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> free_;
 };

@@ -7,7 +7,7 @@ op. Buffers live from the first op that touches them to the last one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekern.backends.cpu.native import Field, Isa, NativeOp, activation_fields
-from prunekern.backends.cpu.place import AXES, Buffer, Form, Halo, Place, allocate, no_halo, widest
+from prunekern.backends.cpu.place import AXES, LOCAL, Buffer, Form, Halo, Place, allocate, no_halo, widest
 from prunekern.core.graph import Shape
 from prunekern.core.program import Program, Slot, Step
 from prunekern.lower.arena import Arena, Wanted, pack
@@ -107,6 +107,10 @@ class Builder:
         self._touched: dict[Buffer, tuple[int, int]] = {}
         self._cut: dict[str, tuple[Slot, int, int]] = {}     # written into a slice (axis, start) of another slot
         self.constants: list[Tensor] = []
+        self.groups: list[tuple[int, ...]] = []              # of items: the first of every chain, and the end
+        self.local_bytes = 0
+        self._locals: list[Buffer] = []
+        self._open_group: list[int] = []
         self._step = ""
         self._outputs = {slot.name: number for number, slot in enumerate(program.output_slots)}
         self._input_count = len(program.input_slots)
@@ -163,6 +167,23 @@ class Builder:
     def temporary(self, floats: int) -> Place:
         """Memory between two ops of a step."""
         return allocate((floats,))
+
+    def local(self, places: Sequence[Place]) -> None:
+        """Puts buffers side by side into the memory that a chain's thread keeps to itself."""
+        offset = 0
+        for place in places:
+            place.buffer.base, place.buffer.offset = LOCAL, offset
+            offset += -(-4 * place.buffer.floats // 64) * 64
+            self._locals.append(place.buffer)
+        self.local_bytes = max(self.local_bytes, offset)
+
+    def chain(self) -> None:
+        """What is emitted from here on, to the next ``chain`` or ``end_chains``, runs on one thread from end to end."""
+        self._open_group.append(len(self.items))
+
+    def end_chains(self) -> None:
+        self.groups.append((*self._open_group, len(self.items)))
+        self._open_group = []
 
     def constant(self, slot: Slot, value: Tensor) -> None:
         """A slot that is the same in every run: the tensor's memory is a base of its own."""
@@ -385,6 +406,8 @@ class Builder:
 
     def ops(self, skip_halos: bool) -> list[NativeOp | Foreign | None]:
         """The items with their Views filled in; None for a halo that needs no work."""
+        for buffer in self._locals:
+            buffer.base = 1 + self._input_count + len(self._outputs) + len(self.constants)
         return [item if isinstance(item, Foreign) else None if item.op == "halo" and skip_halos else
                 NativeOp(item.op, item.step, {key: value.fields() if isinstance(value, Ref) else value
                                               for key, value in item.fields.items()})

@@ -114,17 +114,19 @@ def _any(geometry: Geometry) -> str | None:
     return None
 
 
-def _ungrouped(geometry: Geometry) -> str | None:
+def _windowed(geometry: Geometry) -> str | None:
+    if math.prod(geometry.kernel) == 1:
+        return "a 1x1 window is a row already"
     return "it takes one group" if geometry.groups > 1 else None
 
 
 GEMM = Algorithm("implicit GEMM", Form.LAST, _any, emit_gemm)
-IM2COL = Algorithm("im2col", Form.LAST, _ungrouped, emit_im2col)
+IM2COL = Algorithm("im2col", Form.LAST, _windowed, emit_im2col)
 DEPTHWISE = Algorithm("depthwise", Form.LAST, depthwise.takes, depthwise.emit)
 PLANAR = [Algorithm("planar", Form.PLANAR, planar.takes, planar.emit),
           Algorithm("planar by images", Form.IMAGES, planar.takes_images, planar.emit_images)]
-WINOGRAD = [Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(winograd.emit, m),
-                      error=f"winograd {m}x{m}") for m in winograd.POINTS]
+WINOGRAD = {m: Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(winograd.emit, m),
+                         error=f"winograd {m}x{m}") for m in winograd.POINTS}
 
 
 # ---- which one -------------------------------------------------------------------------------------------------
@@ -132,16 +134,29 @@ WINOGRAD = [Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(wi
 
 def algorithms() -> dict[str, Algorithm]:
     """Every way to run a convolution, by name; the last resort first."""
-    return {each.name: each for each in (GEMM, IM2COL, DEPTHWISE, *WINOGRAD, *PLANAR)}
+    return {each.name: each for each in (GEMM, IM2COL, DEPTHWISE, *WINOGRAD.values(), *PLANAR)}
 
 
 def candidates(geometry: Geometry) -> list[Algorithm]:
     return [each for each in algorithms().values() if each.takes(geometry) is None]
 
 
+FEW_TILES = 8           # of Winograd: below, its weights (4 times the layer's) take longer to read than it saves
+LARGE = 1 << 20         # floats of them that no cache near the core holds
+WASTE = 1.4             # lanes that registers of output channels have over what is used, from which pixels suit better
+
+
 def favourite(builder: Builder, geometry: Geometry) -> Algorithm:
-    """A sound guess, where nothing was measured."""
-    return DEPTHWISE if geometry.is_depthwise else GEMM
+    """A sound guess, where nothing was measured: what the benchmarks favour for geometries of this kind."""
+    if geometry.is_depthwise:
+        return DEPTHWISE
+    if winograd.takes(geometry) is None and min(geometry.channels, geometry.outputs) >= 8 \
+            and min(geometry.out) >= 4:
+        tiles = geometry.batch * math.prod(-(-size // 4) for size in geometry.out)
+        return WINOGRAD[4] if tiles >= FEW_TILES or 36 * geometry.channels * geometry.outputs < LARGE else GEMM
+    wasteful = builder.isa.padded(geometry.outputs) > WASTE * geometry.outputs
+    dense = geometry.groups == 1 and math.prod(geometry.kernel) > 1 and set(geometry.stride) == {1}
+    return PLANAR[0] if wasteful and dense and planar.takes(geometry) is None else GEMM
 
 
 def chosen(builder: Builder, step: Step) -> tuple[Algorithm, Geometry]:

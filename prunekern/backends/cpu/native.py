@@ -87,7 +87,11 @@ class NativeOp:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network to build. slice_bytes: per input and output address, from one slice of the batch to the next."""
+    """A network to build. slice_bytes: per input, output and constant, from one slice of the batch to the next.
+
+    groups: ops that run as chains, each on one thread from end to end: the first op of every chain and the end of
+    the last one. local: bytes of a thread's own memory for what flows through a chain.
+    """
 
     isa: str
     threads: int
@@ -95,6 +99,8 @@ class Recipe:
     ops: tuple[NativeOp, ...]
     slices: int = 1
     slice_bytes: tuple[int, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+    local: int = 0
 
 
 @dataclass
@@ -110,7 +116,9 @@ class Network:
         try:
             self.handle = extension().build({
                 "isa": recipe.isa, "threads": recipe.threads, "arena": recipe.arena, "slices": recipe.slices,
-                "slice_bytes": list(recipe.slice_bytes),
+                "keep": list(self.keep),
+                "slice_bytes": list(recipe.slice_bytes), "local": recipe.local,
+                "groups": [list(group) for group in recipe.groups],
                 "ops": [{"op": op.op, "step": op.step, "fields": dict(op.fields)} for op in recipe.ops]})
         except ValueError as error:
             raise LoweringError(f"{error}; this is a bug of the CPU backend: report the network, and use "

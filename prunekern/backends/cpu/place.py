@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunekern.core.graph import Shape
 
+LOCAL = -1          # base of what a thread keeps to itself; its number comes after all others
 ALIGNMENT = 16      # floats: a cache line
 AXES = 5            # of a View: n, c, d, h, w
 
@@ -45,8 +46,8 @@ def widest(*halos: Halo) -> Halo:
 
 @dataclass(eq=False)
 class Buffer:
-    """A stretch of memory of its own. base: 0 for the arena, else the number of an input or output; offset (bytes)
-    is known once the arena is planned."""
+    """A stretch of memory of its own. base: 0 for the arena, else the number of an input or output, or LOCAL; offset
+    (bytes) is known once the arena is planned."""
 
     floats: int
     base: int = 0

@@ -222,6 +222,23 @@ class CpuPlacement:
         """Step -> its native ops [first, last)."""
         return {step: (self._at[a], self._at[b]) for step, (a, b) in self.builder.spans.items()}
 
+    @property
+    def threads(self) -> int:
+        """Of one call."""
+        return self.settings.threads
+
+    def step_seconds(self, seconds: float, repeats: int) -> dict[str, float]:
+        """Least seconds of every native step for the whole batch, as the engine's own clock has them."""
+        call, least = self.timer(), list[int]()
+        deadline, done = time.perf_counter() + seconds, 0
+        while done < repeats or time.perf_counter() < deadline:
+            now = call()
+            least = list(map(min, least, now)) if least else now
+            done += 1
+        turns = self.slices / min(self.slices, self.threads)        # slices run side by side, one on each thread
+        return {step: turns * sum(least[a:b]) / 1e9 for step, (a, b) in self.ranges().items()
+                if step not in self.builder.foreign}
+
     # ---- step by step --------------------------------------------------------------------------------------------
 
     def _observed(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], observe: Observe) -> None:
