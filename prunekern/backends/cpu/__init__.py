@@ -10,12 +10,14 @@ from torch import Tensor
 
 from prunekern.backends.base import Placement, Signature, check_options
 from prunekern.backends.cpu.builder import Compiler, Key, Settings
-from prunekern.backends.cpu.convs import Conv, ConvTranspose, Linear
+from prunekern.backends.cpu.convs import Conv
+from prunekern.backends.cpu.linear import Linear
 from prunekern.backends.cpu.moves import Cat, Constant, Move
 from prunekern.backends.cpu.native import isa
 from prunekern.backends.cpu.options import Options
 from prunekern.backends.cpu.placement import CpuPlacement
 from prunekern.backends.cpu.simple import SIMPLE
+from prunekern.backends.cpu.transposed import ConvTranspose
 from prunekern.backends.cpu.tune import Job, tune
 from prunekern.core.program import Program
 from prunekern.kernels import unavailable

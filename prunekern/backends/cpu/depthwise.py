@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunekern.backends.cpu.builder import Builder, image, spatial
 from prunekern.backends.cpu.geometry import Geometry
-from prunekern.backends.cpu.place import Form
+from prunekern.backends.cpu.place import Form, Place
 from prunekern.core.program import Step
 
 
@@ -24,8 +24,12 @@ def pack(weight: Tensor, lanes: int) -> Tensor:
 
 
 def emit(builder: Builder, step: Step, geometry: Geometry) -> None:
-    x, y, name = builder.want(step.inputs[0], Form.LAST), builder.write(step.output), step.weights["weight"]
-    lanes = builder.isa.lanes
+    emit_on(builder, step, geometry, builder.want(step.inputs[0], Form.LAST), builder.write(step.output))
+
+
+def emit_on(builder: Builder, step: Step, geometry: Geometry, x: Place, y: Place) -> None:
+    """On given places, which may be parts of what the step works on."""
+    name, lanes = step.weights["weight"], builder.isa.lanes
     weight = builder.packed(("depthwise", name, lanes), lambda: pack(builder.weight(name), lanes))
     builder.emit("depthwise", x=image(x), y=image(y), weight=weight, channels=builder.isa.padded(geometry.outputs),
                  multiplier=geometry.outputs // geometry.channels, kernel=spatial(geometry.kernel, 1),

@@ -252,12 +252,18 @@ class CpuPlacement:
             self._one_slice([x.chunk(self.slices)[number] if self.slices > 1 else x for x in inputs],
                             [y.chunk(self.slices)[number] if self.slices > 1 else y for y in outputs], note)
         for step in self.program.steps:
-            if step.name in self.builder.absorbed.values():
+            if not self._in_memory(step):
                 observe(step, (), seconds[step.name])
                 continue
             whole = tuple(torch.cat(parts) if self.slices > 1 and parts[0].dim() and slot.shape[0].scale else parts[0]
                           for slot, parts in zip(step.outputs, zip(*found[step.name], strict=True), strict=True))
             observe(step, whole, seconds[step.name])
+
+    def _in_memory(self, step: Step) -> bool:
+        """Whether a step's outputs ever are: not if another step's op makes more of them right away."""
+        builder = self.builder
+        return step.name in builder.foreign or all(slot.name in builder.places or slot.name in builder.flat
+                                                   for slot in step.outputs)
 
     def _one_slice(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], note: Observe) -> None:
         state = self._start(inputs, outputs)
@@ -276,8 +282,8 @@ class CpuPlacement:
             start = time.perf_counter()
             self.network.run(self.network.handle, first, last, memory, *addresses)
             seconds = time.perf_counter() - start
-            kept = step.name not in self.builder.absorbed.values()      # else its outputs never are in memory
-            note(step, tuple(self.value(slot, state) for slot in step.outputs) if kept else (), seconds)
+            values = tuple(self.value(slot, state) for slot in step.outputs) if self._in_memory(step) else ()
+            note(step, values, seconds)
         exports = self.builder.spans[self.program.steps[-1].name][1] if self.program.steps else 0
         self.network.run(self.network.handle, self._at[exports], self._at[-1], memory, *addresses)
         self._finish(state, outputs)

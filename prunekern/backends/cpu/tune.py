@@ -147,11 +147,20 @@ class Tuner:
     def _algorithms(self, batch: int) -> dict[str, str]:
         """The fastest algorithm of every convolution, for slices of this size."""
         seconds: dict[str, dict[str, float]] = {}
+        alone: dict[str, float] = {}                 # least time of steps that no other one does
+        absorbed: list[tuple[str, str, str]] = []    # (step, algorithm, another step that it does too)
         for name in self.names:
             variant = {step: name for step, takes in self.steps if name in takes}
-            for step, time_ in self._per_step(self.job.at(variant, batch=batch)).items():
-                if step in variant:
+            placement = self.job.at(variant, batch=batch)
+            done = placement.builder.absorbed
+            for step, time_ in self._per_step(placement).items():
+                if step in variant and step not in done:
                     seconds.setdefault(step, {})[name] = time_
+                if step not in done:
+                    alone[step] = min(time_, alone.get(step, float("inf")))
+            absorbed += [(by, name, step) for step, by in done.items() if by in variant]
+        for step, name, other in absorbed:           # its time is for both
+            seconds[step][name] -= alone[other]
         last = {step: self._fastest(times, Form.LAST) for step, times in seconds.items()}
         free = {step: self._fastest(times) for step, times in seconds.items()}
         if free == last:
