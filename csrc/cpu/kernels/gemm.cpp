@@ -38,6 +38,8 @@ class Gemm final : public Op {
     rows_ = x_.size[kN] * places_;
     vectors_ = (outputs_ + kLanes - 1) / kLanes;
     panels_ = (vectors_ + kMaxVectors - 1) / kMaxVectors;
+    for (int v = 1; v <= kMaxVectors; ++v)
+      for (int r = 1; r <= rows_for(v); ++r) tiles_[v][r] = half_ ? tile_of<uint16_t>(r, v) : tile_of<float>(r, v);
     plan(f.threads(), f.integer("chunk", 0));
   }
 
@@ -123,6 +125,7 @@ class Gemm final : public Op {
   void sweep(Block& block, int vectors, const float* x, float* y, const float* residual, int64_t first,
              int64_t last) const {
     const int64_t most = rows_for(vectors), count = (last - first + most - 1) / most;
+    const TileFn* const tiles = tiles_[vectors];
     float* const partial = block.partial;
     int64_t image = first / places_, place = first % places_, row = first;
     for (int64_t i = 0; i < count; ++i) {        // blocks as even as can be: 49 rows are 5 and 6, not 6 and 1
@@ -135,7 +138,7 @@ class Gemm final : public Op {
         if (++place == places_) { place = 0; ++image; }
       }
       block.partial = partial + (row - first) * vectors * kLanes;
-      (half_ ? tile_of<uint16_t>(rows, vectors) : tile_of<float>(rows, vectors))(block);
+      tiles[rows](block);
       row = stop;
     }
     block.partial = partial;
@@ -151,6 +154,7 @@ class Gemm final : public Op {
   const Segment* segments_;
   int64_t segment_count_ = 0, depth_ = 0, rows_, vectors_, panels_;
   int64_t chunk_, strips_, block_depth_;
+  TileFn tiles_[kMaxVectors + 1][kMaxRows + 1] = {};
 };
 
 // Explicit im2col: the windows as rows of a matrix, [image, position][window].

@@ -79,21 +79,35 @@ PK_INLINE vec load_first(const float* p, int64_t count) {
   return count >= kLanes ? load(p) : load(p, first(count));
 }
 
+// Where all columns exist, straight from the registers: layers of little depth spend much of their time here.
+template <int MR, int NV, bool kResidual>
+PK_INLINE void finish_full(const vec (&acc)[MR][NV], const Block& block) {
+  const vec low = set(block.epilogue->low), high = set(block.epilogue->high);
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+    float* const y = block.y[r];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      vec x = acc[r][v];
+      if (kResidual) x = add(x, load(block.residual[r] + v * kLanes));
+      store(y + v * kLanes, clamp(x, low, high));
+    }
+  }
+}
+
+// The general case, from memory, so that rows are a loop and not MR copies of it.
 template <int MR, int NV>
-PK_INLINE void finish(const vec (&acc)[MR][NV], const Block& block) {
+PK_INLINE void finish_any(const vec (&acc)[MR][NV], const Block& block) {
   const Epilogue& e = *block.epilogue;
   const vec low = set(e.low), high = set(e.high);
-  // Only the last vector of a panel can be cut short. From memory, so that the rows below are a loop and not MR copies.
+  // Only the last vector of a panel can be cut short.
   const int64_t tail = block.columns - (NV - 1) * kLanes;
   const bool before = e.residual.there && !e.residual_last, after = e.residual.there && e.residual_last && !e.late;
   alignas(64) float sums[MR][NV * kLanes];
-  vec bias[NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) bias[v] = block.bias ? load(block.bias + v * kLanes) : zero();
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(sums[r] + v * kLanes, add(acc[r][v], bias[v]));
+    for (int v = 0; v < NV; ++v) store(sums[r] + v * kLanes, acc[r][v]);
 #pragma GCC unroll 1
   for (int r = 0; r < MR; ++r) {
     float* const y = block.y[r];
@@ -108,6 +122,14 @@ PK_INLINE void finish(const vec (&acc)[MR][NV], const Block& block) {
       store_first(y + at, x, count);
     }
   }
+}
+
+template <int MR, int NV>
+PK_INLINE void finish(const vec (&acc)[MR][NV], const Block& block) {
+  const Epilogue& e = *block.epilogue;
+  if (block.columns < NV * kLanes || (e.residual.there && e.residual_last)) finish_any<MR, NV>(acc, block);
+  else if (e.residual.there) finish_full<MR, NV, true>(acc, block);
+  else finish_full<MR, NV, false>(acc, block);
 }
 
 // Activations that take more than a clamp, over rows that are still in cache.
@@ -127,11 +149,12 @@ inline void finish_late(const Block& block, int rows, int64_t width) {
 template <int MR, int NV, class W>
 void tile(const Block& block) {
   vec acc[MR][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v)
-      acc[r][v] = zero();
+  for (int v = 0; v < NV; ++v) {
+    const vec start = block.first && block.bias ? load(block.bias + v * kLanes) : zero();
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) acc[r][v] = start;
+  }
   accumulate<MR, NV, W>(acc, block);
   // Sums of stretches are added up, not carried on: rounding errors grow with the stretch, not with the whole depth.
   if (!block.first) {
