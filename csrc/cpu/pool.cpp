@@ -4,7 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
-#include <memory>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -19,12 +19,20 @@ struct Job {
   const void* context;
   int64_t tasks, grain;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;      // of who failed first; read once all helpers have left
 
-  void work() {
-    for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= tasks) return;
-      fn(context, begin, begin + grain < tasks ? begin + grain : tasks);
+  // Nothing may leave a helper's thread (that would end the process), nor the caller's while helpers see this job.
+  void work() noexcept {
+    try {
+      for (;;) {
+        const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+        if (begin >= tasks) return;
+        fn(context, begin, begin + grain < tasks ? begin + grain : tasks);
+      }
+    } catch (...) {
+      next.store(tasks, std::memory_order_relaxed);      // what has not begun is not worth beginning
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   }
 };
@@ -106,11 +114,11 @@ class Pool {
     bool worked = false;
     for (Slot& slot : slots_) {
       if (slot.job.load(std::memory_order_relaxed) == nullptr) continue;
-      if (slot.helpers.fetch_add(1) < slot.wanted.load(std::memory_order_relaxed)) {
-        if (Job* job = slot.job.load()) {
-          job->work();
-          worked = true;
-        }
+      const int64_t before = slot.helpers.fetch_add(1);
+      Job* const job = slot.job.load();      // `wanted` is this job's only when it is read after it
+      if (job != nullptr && before < slot.wanted.load(std::memory_order_relaxed)) {
+        job->work();
+        worked = true;
       }
       slot.helpers.fetch_sub(1);
     }
@@ -177,6 +185,7 @@ void parallel(int64_t threads, int64_t tasks, int64_t grain, TaskFn fn, const vo
   }
   Job job{fn, context, tasks, grain};
   pool().run(threads, job);
+  if (job.error) std::rethrow_exception(job.error);
 }
 
 char* thread_scratch(int64_t bytes) {

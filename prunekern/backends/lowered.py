@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
+from prunekern.backends import custom_op
 from prunekern.backends.base import Choice, Placement, Signature
 from prunekern.backends.explain import Explanation, explain
 from prunekern.backends.known import select
@@ -31,8 +35,10 @@ class Lowered:
     """Call it like the model: same arguments, same structure of outputs. Gradients do not flow through it.
 
     program:  what is computed; ``backend``: who runs it, and ``reason`` why; ``verification``: how it was held
-    to the model, or None.
-    Placements (memory and packed weights for one shape of inputs) are made on first use and kept.
+    to the model, or None. Placements (memory and packed weights for one shape of inputs) are made on first use and
+    kept.
+    Any number of threads may call it at a time. In ``torch.compile`` and ``torch.export`` it is one operator
+    (``backends/custom_op.py``), which finds it by its ``key``.
     """
 
     def __init__(self, program: Program, backend: str = "auto", verification: Verification | None = None,
@@ -40,6 +46,8 @@ class Lowered:
         self.program = program
         self.asked, self.options = backend, options
         self.verification = verification
+        self.key = uuid.uuid4().hex
+        custom_op.register(self, self.key)
         self._choice: dict[str, Choice] = {}
         self._placements: dict[Signature, Placement] = {}
         self._lock = threading.Lock()
@@ -53,29 +61,48 @@ class Lowered:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output. Raises InputError where arguments do not have the structure, dtype or shapes of the
-        example (the batch is free unless ``program.batch`` says otherwise).
+        example (the batch is free unless ``program.batch`` says otherwise; a batch of 0 gives empty outputs where all
+        of them have the batch in their shape).
 
         out: a tensor, or one for each tensor of the output, to write to instead of new ones (not where the forward
         has an argument of this name itself). They must be contiguous and must not share memory with the inputs.
         """
-        if self._direct is not None and len(args) == 1 and (not kwargs or (len(kwargs) == 1 and "out" in kwargs)):
-            value = self._direct(*args, **kwargs)
+        if is_compiling():
+            return custom_op.call(self, args, kwargs)
+        direct = self._direct       # another thread may set it
+        if direct is not None and len(args) == 1 and (not kwargs or (len(kwargs) == 1 and "out" in kwargs)):
+            value = direct(args[0], **kwargs) if kwargs else direct(args[0])      # unpacking costs more than the test
             if value is not None:
                 return value
-        out = kwargs.pop("out", None) if self._takes_out else None
-        tensors, signature = self._bind(args, kwargs)
-        placement = self.placement(signature)
-        if self._plain and self._takes_out:
-            self._direct = placement.direct()
-        if out is None:
-            values = placement.run(tensors)
-        else:
-            values = self._checked_out(out, signature)
-            placement.run_into(tensors, values)
+        tensors, out = self.bind(args, kwargs)
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return custom_op.call(self, args, kwargs)
+        signature = self.signature(tensors)
+        values = self.run(tensors, signature, None if out is None else self._checked_out(out, signature))
         outputs = iter(values)
         leaves = [next(outputs) if isinstance(leaf, Slot) else at(leaf, signature.batch)
                   for leaf in self.program.outputs]
         return pytree.tree_unflatten(leaves, self.program.out_spec)
+
+    def run(self, tensors: Sequence[Tensor], signature: Signature, out: list[Tensor] | None = None) -> list[Tensor]:
+        """Output tensors from input tensors. signature: that of ``tensors``. out: what to write to."""
+        if signature.batch == 0:
+            return self._nothing(signature) if out is None else out
+        placement = self.placement(signature)
+        if self._plain and self._takes_out:
+            self._direct = placement.direct()
+        if out is None:
+            return placement.run(tensors)
+        placement.run_into(tensors, out)
+        return out
+
+    def _nothing(self, signature: Signature) -> list[Tensor]:
+        """The outputs of no samples. Raises InputError where one has values all the same."""
+        shapes = [slot.at(0) for slot in self.program.output_slots]
+        if all(0 in shape for shape in shapes):
+            return [torch.empty(shape, dtype=slot.dtype, device=signature.device)
+                    for shape, slot in zip(shapes, self.program.output_slots, strict=True)]
+        raise InputError("the batch is empty, and an output has values of its own; pass at least one sample.")
 
     def _checked_out(self, out: Any, signature: Signature) -> list[Tensor]:
         """The tensors to write to. Raises InputError where they do not fit."""
@@ -101,7 +128,9 @@ class Lowered:
             and program.out_spec == pytree.tree_structure(0)
 
     def placement(self, signature: Signature) -> Placement:
-        """The Placement for these shapes; made once."""
+        """The Placement for these shapes; made once. Raises InputError for an empty batch."""
+        if signature.batch < 1:
+            raise InputError("the batch is empty; pass at least one sample.")
         with self._lock:
             found = self._placements.pop(signature, None)
             if found is None:
@@ -130,19 +159,23 @@ class Lowered:
         last = next(reversed(self._placements), None)
         return "cpu" if last is None else last.device.type
 
-    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], Signature]:
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+        """What a call passes for each input slot, and its ``out``. Raises InputError where other arguments than tensors
+        differ from the example's."""
         program = self.program
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        given = dict(kwargs)
+        out = given.pop("out", None) if self._takes_out else None
+        leaves, spec = pytree.tree_flatten((args, given))
         if spec != program.in_spec:
-            leaves = self._rebind(args, kwargs)
-        tensors: list[Tensor] = []
+            leaves = self._rebind(args, given)
+        tensors = []
         for leaf, wanted in zip(leaves, program.inputs, strict=True):
             if isinstance(wanted, Slot):
-                tensors.append(_checked(leaf, wanted))
+                tensors.append(leaf)
             elif leaf != (wanted.at(0) if isinstance(wanted, Dim) else wanted):
                 raise InputError(f"an argument is {leaf!r}, the network was lowered for {wanted}; lower it again with "
                                  "this value in the example inputs.")
-        return tensors, self._signature(tensors)
+        return tensors, out
 
     def _rebind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Arguments passed by keyword instead of position, or in another order."""
@@ -158,8 +191,12 @@ class Lowered:
         raise InputError(f"arguments have another structure than the example inputs ({', '.join(wanted)}); pass them "
                          "as there, or lower the model again with example inputs of the new structure.")
 
-    def _signature(self, tensors: Sequence[Tensor]) -> Signature:
+    def signature(self, tensors: Sequence[Any]) -> Signature:
+        """What is passed for each input slot, as shapes and a batch size (perhaps symbolic ones). Raises InputError
+        where it is not what the network was lowered for."""
         program, batch = self.program, self.program.batch
+        for slot, tensor in zip(program.input_slots, tensors, strict=True):
+            _check(tensor, slot)
         for slot, tensor in zip(program.input_slots, tensors, strict=True):
             for dim, size in zip(slot.shape, tensor.shape, strict=True):
                 if dim.scale and batch is None and (size - dim.offset) % dim.scale == 0:
@@ -171,8 +208,6 @@ class Lowered:
                 raise InputError(f"input {slot.name!r} is {list(tensor.shape)}, expected "
                                  f"[{', '.join(map(str, slot.shape))}] ({free}); lower the model again with example "
                                  "inputs of this shape.")
-        if batch < 1:
-            raise InputError("the batch is empty; pass at least one sample.")
         devices = {tensor.device for tensor in tensors}
         if len(devices) > 1:
             raise InputError(f"inputs are on {sorted(map(str, devices))}; move them to one device.")
@@ -187,7 +222,8 @@ class Lowered:
         (random floats, zeros for integers), or of the size that the forward fixes."""
         if not args and not kwargs:
             args, kwargs = self._sample()
-        tensors, signature = self._bind(args, kwargs)
+        tensors, _ = self.bind(args, kwargs)
+        signature = self.signature(tensors)
         backend = self.choice(signature.device.type).backend.name
         return explain(self.placement(signature), tensors, backend, measure=time)
 
@@ -224,7 +260,7 @@ class Lowered:
         return cls(load_program(Path(folder)), backend, **options)
 
 
-def _checked(leaf: Any, slot: Slot) -> Tensor:
+def _check(leaf: Any, slot: Slot) -> None:
     if not isinstance(leaf, Tensor):
         raise InputError(f"input {slot.name!r} is a {type(leaf).__name__}, expected a tensor [{slot}].")
     if leaf.dtype != slot.dtype:
@@ -232,7 +268,6 @@ def _checked(leaf: Any, slot: Slot) -> Tensor:
                          f".to({slot.dtype}), or lower the model in the dtype you want.")
     if leaf.dim() != len(slot.shape):
         raise InputError(f"input {slot.name!r} has {leaf.dim()} axes, expected {slot}.")
-    return leaf
 
 
 def pair(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

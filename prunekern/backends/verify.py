@@ -180,7 +180,8 @@ def _kept(value: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
 def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, Any],
                  ) -> tuple[dict[str, Tensor], list[Any], Mapping[str, str]]:
     """Values of slots, leaves of the output, and the steps' rows of the tolerance table."""
-    tensors, signature = lowered._bind(args, kwargs)
+    tensors, _ = lowered.bind(args, kwargs)
+    signature = lowered.signature(tensors)
     values: dict[str, Tensor] = {}
 
     def keep(step: Step, outputs: tuple[Tensor, ...], seconds: float) -> None:

@@ -97,7 +97,7 @@ def test_native(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs: Any = tuple(torch.randn(shape) for shape in shapes)
     lowered = lower(randomise_(module).eval(), inputs, backend="cpu", tune="off")
     assert lowered.verification is not None
-    placement = lowered.placement(lowered._signature(list(inputs)))
+    placement = lowered.placement(lowered.signature(list(inputs)))
     assert "reference" not in placement.algorithms.values(), placement.algorithms
     assert len(placement.algorithms) == len(lowered.program.steps)
 
@@ -105,5 +105,5 @@ def test_native(name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("module", [nn.Upsample(scale_factor=2, mode="bicubic"), nn.ConstantPad2d(-1, 0.0)], ids=str)
 def test_what_it_does_not_take_runs_anyway(module: nn.Module) -> None:
     lowered = lower(module.eval(), (torch.randn(MAP[0]),), backend="cpu", tune="off")
-    placement = lowered.placement(lowered._signature([torch.randn(MAP[0])]))
+    placement = lowered.placement(lowered.signature([torch.randn(MAP[0])]))
     assert set(placement.algorithms.values()) == {"reference"}
