@@ -27,7 +27,8 @@ from prunekern.lower.tolerance import error
 
 Call = Callable[[], object]
 DTYPES = {"fp32": torch.float32, "fp16 weights": torch.float32, "bf16": torch.bfloat16}      # of the arithmetic
-OPT_IN = {"cpu": {"fp16 weights": {"weights": "fp16"}}}         # backend -> precision -> options of ``lower``
+OPT_IN = {"cpu": {"fp16 weights": {"weights": "fp16"},          # backend -> precision -> options of ``lower``
+                  "bf16": {"dtype": "bf16"}}}
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,10 @@ PyObject* lanes(PyObject*, PyObject* isa) {
   return guarded([&] { return PyLong_FromLongLong(pk::lanes(text(isa))); });
 }
 
+PyObject* runs_bf16(PyObject*, PyObject* isa) {
+  return guarded([&] { return PyBool_FromLong(pk::runs_bf16(text(isa))); });
+}
+
 PyObject* panel_vectors(PyObject*, PyObject* isa) {
   return guarded([&] { return PyLong_FromLongLong(pk::panel_vectors(text(isa))); });
 }
@@ -232,6 +236,7 @@ PyMODINIT_FUNC PyInit__C(void) {
       {"size", size, METH_O, "Number of ops of a network."},
       {"instruction_sets", instruction_sets, METH_NOARGS, "What this machine can run, best first."},
       {"lanes", lanes, METH_O, "Floats in a register of an instruction set."},
+      {"runs_bf16", runs_bf16, METH_O, "Whether an instruction set multiplies bf16 numbers here."},
       {"panel_vectors", panel_vectors, METH_O, "Most registers in a panel of packed weights."},
       {"advise_huge", method(advise_huge), METH_FASTCALL, "advise_huge(address, bytes)"},
       {nullptr, nullptr, 0, nullptr}};

@@ -72,6 +72,8 @@ class Network {
 
 // The instruction sets that this build has and this machine can run, best first.
 std::vector<std::string> instruction_sets();
+// Whether it multiplies bf16 numbers here (kernels/bf16.h).
+bool runs_bf16(const std::string& isa);
 // Floats in a register.
 int64_t lanes(const std::string& isa);
 // Vectors of columns in a panel of packed weights (kernels/microkernel.h).

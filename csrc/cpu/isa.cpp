@@ -90,6 +90,13 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
+bool runs_bf16(const std::string& isa) {
+#ifdef PK_X86
+  if (isa_named(isa).entries == entries512::all) return __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
 int64_t lanes(const std::string& isa) { return isa_named(isa).lanes; }
 int64_t panel_vectors(const std::string& isa) { return isa_named(isa).panel; }
 

@@ -3,6 +3,7 @@
 // The geometry is in two tables made in Python (backends/cpu/convs.py): where each output position's window starts,
 // and the segments of a window. Nothing is copied (implicit im2col); 1-D to 3-D, strides, dilation, groups, phases of
 // transposed convolutions and plain linear layers are all the same loop.
+#include "bf16.h"
 #include "microkernel.h"
 
 namespace pk {
@@ -24,6 +25,8 @@ class Gemm final : public Op {
   explicit Gemm(const Fields& f) : epilogue_(Epilogue::of(f)), x_(f.view("x")), y_(f.view("y")) {
     weight_ = f.address<char>("weight");
     half_ = f.integer("half", 0) != 0;
+    pairs_ = f.integer("pairs", 0) != 0;        // x and weights are pairs of bf16, each of which counts as one float
+    if (pairs_ && !kHasBf16) fail("this instruction set has no bf16");
     outputs_ = f.integer("outputs");            // columns a group
     groups_ = f.integer("groups", 1);
     group_in_ = f.integer("group_in", 0);
@@ -39,7 +42,7 @@ class Gemm final : public Op {
     vectors_ = (outputs_ + kLanes - 1) / kLanes;
     panels_ = (vectors_ + kMaxVectors - 1) / kMaxVectors;
     for (int v = 1; v <= kMaxVectors; ++v)
-      for (int r = 1; r <= rows_for(v); ++r) tiles_[v][r] = half_ ? tile_of<uint16_t>(r, v) : tile_of<float>(r, v);
+      for (int r = 1; r <= rows_for(v); ++r) tiles_[v][r] = tile_for(r, v);
     plan(f.threads(), f.integer("chunk", 0));
   }
 
@@ -144,11 +147,17 @@ class Gemm final : public Op {
     block.partial = partial;
   }
 
+  TileFn tile_for(int rows, int vectors) const {
+    if constexpr (kHasBf16)
+      if (pairs_) return tile_of<Pair>(rows, vectors);
+    return half_ ? tile_of<uint16_t>(rows, vectors) : tile_of<float>(rows, vectors);
+  }
+
   static constexpr int64_t kMaxParts = 128;
   Epilogue epilogue_;
   View x_, y_;
   const char* weight_;
-  bool half_;
+  bool half_, pairs_;
   int64_t outputs_, groups_, group_in_, places_;
   const int32_t *in_, *out_, *residual_;
   const Segment* segments_;

@@ -46,6 +46,9 @@ struct Block {
 
 PK_INLINE vec load_weight(const float* p) { return load(p); }
 PK_INLINE vec load_weight(const uint16_t* p) { return load_half(p); }
+// What is done with a weight depends on how it is stored: bf16.h has another one.
+template <class W>
+PK_INLINE vec multiply_add(vec a, vec b, vec acc, const W*) { return fma(a, b, acc); }
 
 template <int MR, int NV, class W>
 PK_INLINE void accumulate(vec (&acc)[MR][NV], const Block& block) {
@@ -63,7 +66,7 @@ PK_INLINE void accumulate(vec (&acc)[MR][NV], const Block& block) {
       for (int r = 0; r < MR; ++r) {
         const vec av = set(a[r][k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = multiply_add(av, bv[v], acc[r][v], b);
       }
       b += NV * kLanes;
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekern.backends.base import Placement, Signature, check_options
+from prunekern.backends.cpu import bf16
 from prunekern.backends.cpu.builder import Compiler, Key, Settings
 from prunekern.backends.cpu.convs import Conv
 from prunekern.backends.cpu.linear import Linear
@@ -20,6 +21,7 @@ from prunekern.backends.cpu.simple import SIMPLE
 from prunekern.backends.cpu.transposed import ConvTranspose
 from prunekern.backends.cpu.tune import Job, tune
 from prunekern.core.program import Program
+from prunekern.errors import BackendUnavailable
 from prunekern.kernels import unavailable
 
 COMPILERS: dict[str, Compiler] = {"conv": Conv(), "conv_transpose": ConvTranspose(), "linear": Linear(),
@@ -41,11 +43,17 @@ class CpuBackend:
 
     def configured(self, **options: Any) -> CpuBackend:
         check_options(self.name, options, Options.names())
-        return CpuBackend(Options(**options)) if options else self
+        if not options:
+            return self
+        chosen = Options(**options)
+        if chosen.dtype == "bf16" and (reason := self.unavailable() or bf16.unavailable()) is not None:
+            raise BackendUnavailable(f'dtype="bf16" cannot run here: {reason}. Leave it out: fp32 runs everywhere.')
+        return CpuBackend(chosen)
 
     def place(self, program: Program, signature: Signature) -> Placement:
         threads = self.options.num_threads or torch.get_num_threads()
-        settings = Settings(isa(), threads, dict(self.options.algorithms), self.options.weights)
+        settings = Settings(isa(), threads, dict(self.options.algorithms), self.options.weights,
+                            self.options.dtype)
         job = Job(program, signature, settings, COMPILERS, self._packs_of(program))
         tuning = tune(job, self.options.tuning)
         return job.at(tuning.choices, tuning.slices)

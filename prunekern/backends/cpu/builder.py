@@ -46,12 +46,13 @@ class Need:
 @dataclass(frozen=True)
 class Settings:
     """What a placement is built for. choices: step name -> algorithm; heuristics decide for the others.
-    precision: of weights, 'fp32' or 'fp16' (arithmetic is fp32 with both)."""
+    weights: 'fp32', or 'fp16' (arithmetic is fp32 with both). dtype: of products, 'fp32' or 'bf16'."""
 
     isa: Isa
     threads: int
     choices: Mapping[str, str] = field(default_factory=dict)
     weights: str = "fp32"
+    dtype: str = "fp32"
 
 
 class Compiler(Protocol):
@@ -103,7 +104,7 @@ class Builder:
         self.keep: list[Tensor] = []
         self._compilers, self._packs = compilers, packs
         self._halos: dict[tuple[str, Form], Halo] = {}
-        self._converted: dict[tuple[str, Form], Place] = {}
+        self._converted: dict[Key, Place] = {}
         self._touched: dict[Buffer, tuple[int, int]] = {}
         self._cut: dict[str, tuple[Slot, int, int]] = {}     # written into a slice (axis, start) of another slot
         self.constants: list[Tensor] = []
@@ -135,9 +136,20 @@ class Builder:
         if place.fits(form, wanted):
             return place
         if key not in self._converted:
+            if form is Form.PAIRS and not place.fits(Form.LAST, no_halo(len(shape))):
+                place = self.want(slot, Form.LAST)
             self._converted[key] = copy = allocate(shape, form, wanted)
             self._open(copy)
-            self.emit("copy", x=axes(place), y=axes(copy))
+            if form is Form.PAIRS:
+                self.emit("to_bf16", x=image(place), y=image(copy))
+            else:
+                self.emit("copy", x=axes(place), y=axes(copy))
+        return self._converted[key]
+
+    def once(self, key: Key, make: Callable[[], Place]) -> Place:
+        """What ``make`` emits and where its result is, the first time; from then on, where it is."""
+        if key not in self._converted:
+            self._converted[key] = make()
         return self._converted[key]
 
     def dense(self, slot: Slot) -> Place:

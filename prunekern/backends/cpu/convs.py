@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from prunekern.backends.cpu import bands, depthwise, gemm, planar, winograd
+from prunekern.backends.cpu import bands, bf16, depthwise, gemm, planar, winograd
 from prunekern.backends.cpu.builder import Builder, Need
 from prunekern.backends.cpu.geometry import Geometry
 from prunekern.backends.cpu.place import Form, Halo
@@ -20,8 +20,9 @@ from prunekern.core.program import Step
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A way to run a `conv` Step. takes: why it cannot run a geometry, or None. error: its row in
-    ``lower/tolerance.py``. tuned: whether the tuner tries it (else it runs only where it is asked for)."""
+    """A way to run a `conv` Step. form: of its output; of its input too unless ``reads`` says otherwise. takes: why it
+    cannot run a geometry, or None. error: its row in ``lower/tolerance.py``. tuned: whether the tuner tries it (else it
+    runs only where it is asked for)."""
 
     name: str
     form: Form
@@ -30,6 +31,7 @@ class Algorithm:
     halo: Callable[[Geometry], Halo] = Geometry.halo
     error: str = "direct"
     tuned: bool = True
+    reads: Form | None = None
 
 
 def _any(geometry: Geometry) -> str | None:
@@ -43,6 +45,8 @@ def _windowed(geometry: Geometry) -> str | None:
 
 
 GEMM = Algorithm("implicit GEMM", Form.LAST, _any, gemm.emit)
+BF16 = Algorithm("bf16 GEMM", Form.LAST, bf16.takes, partial(gemm.emit, form=Form.PAIRS), error=bf16.ROW,
+                 reads=Form.PAIRS)
 IM2COL = Algorithm("im2col", Form.LAST, _windowed, gemm.emit_im2col)
 DEPTHWISE = Algorithm("depthwise", Form.LAST, depthwise.takes, depthwise.emit)
 PLANAR = [Algorithm("planar", Form.PLANAR, planar.takes, planar.emit),
@@ -55,9 +59,10 @@ WINOGRAD = {m: Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial
 # ---- which one -------------------------------------------------------------------------------------------------
 
 
-def algorithms() -> dict[str, Algorithm]:
-    """Every way to run a convolution, by name; the last resort first."""
-    return {each.name: each for each in (GEMM, IM2COL, DEPTHWISE, BANDS, *WINOGRAD.values(), *PLANAR)}
+def algorithms(dtype: str = "fp32") -> dict[str, Algorithm]:
+    """Every way to run a convolution, by name; the last resort first. dtype: of products, as a user allows it."""
+    rounding = (BF16,) if dtype == "bf16" else ()
+    return {each.name: each for each in (GEMM, IM2COL, DEPTHWISE, BANDS, *WINOGRAD.values(), *PLANAR, *rounding)}
 
 
 def candidates(geometry: Geometry) -> list[Algorithm]:
@@ -73,6 +78,8 @@ def favourite(builder: Builder, geometry: Geometry) -> Algorithm:
     """A sound guess, where nothing was measured: what the benchmarks favour for geometries of this kind."""
     if geometry.is_depthwise:
         return DEPTHWISE
+    if builder.settings.dtype == "bf16" and BF16.takes(geometry) is None:
+        return BF16
     if bands.pays(geometry):
         return BANDS
     if winograd.takes(geometry) is None and min(geometry.channels, geometry.outputs) >= 8 \
@@ -87,7 +94,7 @@ def favourite(builder: Builder, geometry: Geometry) -> Algorithm:
 def chosen(builder: Builder, step: Step) -> tuple[Algorithm, Geometry]:
     """The algorithm of a step: what was asked for where it can, else a guess."""
     geometry = Geometry.of(builder, step)
-    wanted = algorithms().get(builder.settings.choices.get(step.name, ""))
+    wanted = algorithms(builder.settings.dtype).get(builder.settings.choices.get(step.name, ""))
     if wanted is not None and wanted.takes(geometry) is None:
         return wanted, geometry
     return favourite(builder, geometry), geometry
@@ -101,7 +108,7 @@ class Conv:
 
     def needs(self, builder: Builder, step: Step) -> Iterable[Need]:
         algorithm, geometry = chosen(builder, step)
-        yield Need(step.inputs[0], algorithm.form, algorithm.halo(geometry))
+        yield Need(step.inputs[0], algorithm.reads or algorithm.form, algorithm.halo(geometry))
         if step.epilogue.residual is not None:
             yield Need(step.epilogue.residual, algorithm.form)
 

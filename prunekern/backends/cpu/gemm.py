@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunekern.backends.cpu import bf16
 from prunekern.backends.cpu.builder import Builder, Ref, image
 from prunekern.backends.cpu.geometry import Geometry, grid, runs
 from prunekern.backends.cpu.native import Field
-from prunekern.backends.cpu.pack import pack_gemm
+from prunekern.backends.cpu.pack import fits_half, pack_gemm
 from prunekern.backends.cpu.place import Form, Place
 from prunekern.core.program import Step
 
@@ -16,18 +17,20 @@ Fields = dict[str, Field | Ref]
 POINTWISE = "1x1 GEMM"
 
 
-def emit(builder: Builder, step: Step, geometry: Geometry) -> None:
-    """Implicit: windows are found through offsets, nothing is copied."""
+def emit(builder: Builder, step: Step, geometry: Geometry, form: Form = Form.LAST) -> None:
+    """Implicit: windows are found through offsets, nothing is copied. form: of the input, LAST or PAIRS (bf16.py)."""
     residual = step.epilogue.residual
-    emit_on(builder, step, geometry, builder.want(step.inputs[0], Form.LAST), builder.write(step.output),
+    emit_on(builder, step, geometry, builder.want(step.inputs[0], form), builder.write(step.output),
             None if residual is None else builder.want(residual, Form.LAST))
 
 
 def emit_on(builder: Builder, step: Step, geometry: Geometry, x: Place, y: Place, residual: Place | None) -> None:
     """The same on given places, which may be parts of what the step works on."""
-    builder.emit("gemm", x=image(x), y=image(y), **_tables(builder, x, y, geometry),
-                 **_weights(builder, step, geometry), **_epilogue(builder, step, geometry, residual),
-                 groups=geometry.groups, group_in=geometry.channels // geometry.groups)
+    pairs = x.form is Form.PAIRS
+    read = bf16.paired(geometry) if pairs else geometry
+    builder.emit("gemm", x=image(x), y=image(y), **_tables(builder, x, y, read),
+                 **_weights(builder, step, geometry, pairs), **_epilogue(builder, step, geometry, residual),
+                 groups=read.groups, group_in=read.channels // read.groups)
 
 
 def emit_im2col(builder: Builder, step: Step, geometry: Geometry) -> None:
@@ -61,20 +64,24 @@ def _tables(builder: Builder, x: Place, y: Place, geometry: Geometry) -> Fields:
     return found
 
 
-def _weights(builder: Builder, step: Step, geometry: Geometry) -> Fields:
-    name, groups, half = step.weights["weight"], geometry.groups, is_half(builder, step)
+def _weights(builder: Builder, step: Step, geometry: Geometry, pairs: bool = False) -> Fields:
+    name, groups = step.weights["weight"], geometry.groups
+    half = not pairs and is_half(builder, step)
 
     def make() -> Tensor:
-        weight = builder.weight(name)
-        rows = weight.movedim(1, -1).reshape(groups, weight.shape[0] // groups, -1)      # (*kernel, c)
-        return pack_gemm(rows, builder.isa, half)
-    return {"outputs": geometry.outputs // groups, "half": int(half),
-            "weight": builder.packed(("gemm", name, groups, builder.isa.lanes, half), make)}
+        weight = builder.weight(name).movedim(1, -1)                                     # (*kernel, c)
+        rows = bf16.pairs(weight) if pairs else weight
+        return pack_gemm(rows.reshape(groups, len(rows) // groups, -1), builder.isa, half)
+    return {"outputs": geometry.outputs // groups, "half": int(half), "pairs": int(pairs),
+            "weight": builder.packed(("gemm", name, groups, builder.isa.lanes, half, pairs), make)}
 
 
 def is_half(builder: Builder, step: Step) -> bool:
-    """Whether this step's weights are stored as fp16."""
+    """Whether this step's weights are stored as fp16; its algorithm tells where they should be and cannot."""
     if builder.settings.weights != "fp16":
+        return False
+    if not fits_half(builder.weight(step.weights["weight"])):
+        builder.algorithms[step.name] += ", fp32 weights (beyond the range of fp16)"
         return False
     builder.rows[step.name] = "fp16 weights"
     return True

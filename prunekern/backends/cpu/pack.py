@@ -22,6 +22,12 @@ def pack_gemm(matrix: Tensor, isa: Isa, half: bool = False) -> Tensor:
     return aligned(packed.half() if half else packed.float())
 
 
+def fits_half(weight: Tensor) -> bool:
+    """Whether fp16 keeps 11 bits of a layer's largest weights: neither infinite nor subnormal there."""
+    largest, limits = float(weight.detach().abs().max()) if weight.numel() else 0.0, torch.finfo(torch.float16)
+    return largest == 0 or limits.smallest_normal <= largest <= limits.max
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """On a cache line, with one line to spare behind: kernels fetch ahead."""
     spare = 256 // tensor.element_size()

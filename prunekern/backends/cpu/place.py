@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -24,12 +24,14 @@ AXES = 5            # of a View: n, c, d, h, w
 class Form(Enum):
     """How a value of three or more axes lies in memory. PLAIN: in torch's order, dense. LAST: channels last, with a
     halo of zeros. PLANAR: [channel, image, row, column], with halos that neighbouring rows and images share. IMAGES:
-    [channel, row, column, image], with a halo; images fill whole registers."""
+    [channel, row, column, image], with a halo; images fill whole registers. PAIRS: as LAST, of bf16 numbers; its Places
+    are of pairs of channels, each as large as a float (bf16.py)."""
 
     PLAIN = "plain"
     LAST = "channels last"
     PLANAR = "planar"
     IMAGES = "images last"
+    PAIRS = "channels last, bf16"
 
 
 Halo = tuple[tuple[int, int], ...]      # zeros before and after, per spatial axis
@@ -107,7 +109,7 @@ def allocate(shape: Shape, form: Form = Form.PLAIN, halo: Halo = (), base: int =
         view = torch.empty(shape, device="meta")
         return Place(Buffer(view.numel(), base), view)
     halo = halo or no_halo(len(shape))
-    return {Form.LAST: _last, Form.PLANAR: _planar, Form.IMAGES: _images}[form](shape, halo)
+    return {Form.LAST: _last, Form.PLANAR: _planar, Form.IMAGES: _images, Form.PAIRS: _pairs}[form](shape, halo)
 
 
 def _last(shape: Shape, halo: Halo) -> Place:
@@ -118,6 +120,11 @@ def _last(shape: Shape, halo: Halo) -> Place:
         whole = whole.narrow(axis, low, size)
     count = n * math.prod(full) * c
     return Place(Buffer(count), whole.permute(0, -1, *range(1, len(shape) - 1)), Form.LAST, halo)
+
+
+def _pairs(shape: Shape, halo: Halo) -> Place:
+    n, c, *spatial = shape
+    return replace(_last((n, -(-c // 2), *spatial), halo), form=Form.PAIRS)
 
 
 def _planar(shape: Shape, halo: Halo) -> Place:

@@ -41,12 +41,14 @@ VERSION = 1                                   # of what is on disk; kernels that
 SECONDS = {"quick": 0.06, "full": 0.6}        # of measuring, for each variant
 ROUNDS = {"quick": 3, "full": 10}             # at least
 GAIN = 0.97                                   # another form of values must be this much faster to be worth it
+LANES, MOST = 16, 4                           # images that fill registers, and how many registers of them to try
 SLICE_BYTES = 1 << 20                         # of arena that a slice should take: a core's second cache
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """choices: step name -> algorithm. slices: of the batch. measured: where it comes from, for people."""
+    """choices: step name (on disk: which convolution it is) -> algorithm. slices: of the batch. measured: where it
+    comes from, for people."""
 
     choices: Mapping[str, str] = field(default_factory=dict)
     slices: int = 1
@@ -64,38 +66,39 @@ class Job:
     packs: dict[Key, Tensor]
 
     def at(self, choices: Mapping[str, str], slices: int = 1, batch: int | None = None) -> CpuPlacement:
-        signature = self.signature if batch is None else resized(self.program, self.signature, batch)
-        forced = {**choices, **self.settings.choices}
-        return CpuPlacement(self.program, signature, replace(self.settings, choices=forced), self.compilers,
-                            self.packs, slices)
+        """batch: of one slice alone, which runs on one thread as it will beside others."""
+        settings = replace(self.settings, choices={**choices, **self.settings.choices})
+        if batch is None or batch == self.signature.batch:
+            return CpuPlacement(self.program, self.signature, settings, self.compilers, self.packs, slices)
+        signature = resized(self.program, self.signature, batch)
+        return CpuPlacement(self.program, signature, replace(settings, threads=1), self.compilers, self.packs)
 
 
 def tune(job: Job, mode: str) -> Tuning:
     """What to build. mode: "off", "quick" or "full"; see ``Options``."""
     guess = Tuning(slices=_guess_slices(job))
-    steps = _tunable(job)
-    if mode == "off" or not steps:
+    if mode == "off":
         return guess
     cache = Cache()
     key = _key(job, mode)
     found = cache.get(key)
     if found is None:
         start = time.perf_counter()
-        found = Tuner(job, mode, steps).run(guess)
-        log.info("tuned %d convolutions in %.1f s", len(steps), time.perf_counter() - start)
+        found = Tuner(job, mode).run(guess)
+        log.info("tuned %d convolutions in %.1f s", len(found.choices), time.perf_counter() - start)
         cache.put(key, found)
-    names = [step for step, _ in steps]
-    return replace(found, choices=dict(zip(names, found.choices.values(), strict=True)))
+    names = [step.name for step in job.program.steps if step.op == "conv"]
+    return replace(found, choices={names[int(number)]: name for number, name in found.choices.items()})
 
 
-def _tunable(job: Job) -> list[tuple[str, list[str]]]:
-    """Convolutions and the algorithms that take them."""
-    builder = job.at({}, batch=1 if job.program.batch is None else None).builder
-    found = []
+def _tunable(job: Job, batch: int) -> dict[str, list[str]]:
+    """Convolutions, and the algorithms that take them in slices of this size."""
+    builder, known = job.at({}, batch=batch).builder, algorithms(job.settings.dtype).values()
+    found = {}
     for step in job.program.steps:
         if step.op == "conv" and step.name not in builder.foreign:
             geometry = Geometry.of(builder, step)
-            found.append((step.name, [a.name for a in algorithms().values() if a.takes(geometry) is None and a.tuned]))
+            found[step.name] = [a.name for a in known if a.tuned and a.takes(geometry) is None]
     return found
 
 
@@ -129,28 +132,47 @@ def _guess_slices(job: Job) -> int:
 class Tuner:
     """Measures variants of one placement."""
 
-    def __init__(self, job: Job, mode: str, steps: Sequence[tuple[str, list[str]]]) -> None:
-        self.job, self.mode, self.steps = job, mode, steps
-        self.names = list(dict.fromkeys(name for _, names in steps for name in names))
-        self.forms = {name: each.form for name, each in algorithms().items()}
+    def __init__(self, job: Job, mode: str) -> None:
+        self.job, self.mode = job, mode
+        self.forms = {name: each.form for name, each in algorithms(job.settings.dtype).items()}
 
     def run(self, guess: Tuning) -> Tuning:
-        kept = dict(self.job.packs)
-        slices = guess.slices
-        choices = self._algorithms(self.job.signature.batch // slices)
+        kept, batch = dict(self.job.packs), self.job.signature.batch
+        sizes = {batch // guess.slices}
+        whole = [n for n in divisors(batch) if n % LANES == 0 and n <= MOST * LANES]
+        if whole and _sliceable(self.job) is not None:
+            sizes.add(whole[0])                      # images fill the registers
+        found = {size: self._algorithms(size) for size in sizes}
+        size = min(found, key=lambda n: found[n][1])
+        choices = found[size][0]
         if _sliceable(self.job) is not None:
-            slices = self._slices(choices, guess.slices)
-        self.job.packs.clear()                     # of variants that nobody runs
+            size = self._size(choices, size)
+        self.job.packs.clear()                       # of variants that nobody runs
         self.job.packs.update(kept)
-        return Tuning(choices, slices, "measured")
+        numbers = {step.name: str(i) for i, step in enumerate(s for s in self.job.program.steps if s.op == "conv")}
+        return Tuning({numbers[step]: name for step, name in choices.items()}, batch // size, "measured")
 
-    def _algorithms(self, batch: int) -> dict[str, str]:
-        """The fastest algorithm of every convolution, for slices of this size."""
+    def _algorithms(self, batch: int) -> tuple[dict[str, str], float]:
+        """The fastest algorithm of every convolution in slices of this size, and the seconds per sample then."""
+        seconds = self._variants(batch)
+        forms = [form for form in Form if any(form is self.forms[name] for times in seconds.values() for name in times)]
+        mixtures = {form.value: {step: self._fastest(times, form) for step, times in seconds.items()} for form in forms}
+        mixtures["any"] = {step: self._fastest(times) for step, times in seconds.items()}
+        totals = self._totals({key: self.job.at(choices, batch=batch) for key, choices in mixtures.items()})
+        best = min(totals, key=totals.__getitem__)
+        last = Form.LAST.value
+        if last in totals and totals[best] > GAIN * totals[last]:
+            best = last
+        return mixtures[best], totals[best]
+
+    def _variants(self, batch: int) -> dict[str, dict[str, float]]:
+        """Convolution -> algorithm -> least seconds, each algorithm wherever it can."""
+        steps = _tunable(self.job, batch)
         seconds: dict[str, dict[str, float]] = {}
         alone: dict[str, float] = {}                 # least time of steps that no other one does
         absorbed: list[tuple[str, str, str]] = []    # (step, algorithm, another step that it does too)
-        for name in self.names:
-            variant = {step: name for step, takes in self.steps if name in takes}
+        for name in dict.fromkeys(name for names in steps.values() for name in names):
+            variant = {step: name for step, names in steps.items() if name in names}
             placement = self.job.at(variant, batch=batch)
             done = placement.builder.absorbed
             for step, time_ in self._per_step(placement).items():
@@ -160,16 +182,8 @@ class Tuner:
                     alone[step] = min(time_, alone.get(step, float("inf")))
             absorbed += [(by, name, step) for step, by in done.items() if by in variant]
         for step, name, other in absorbed:           # its time is for both
-            seconds[step][name] -= alone[other]
-        last = {step: self._fastest(times, Form.LAST) for step, times in seconds.items()}
-        free = {step: self._fastest(times) for step, times in seconds.items()}
-        if free == last:
-            return last
-        planar = {step: self._fastest(times, Form.PLANAR) for step, times in seconds.items()}
-        mixtures = {"last": last, "free": free, "planar": planar}
-        totals = self._totals({key: self.job.at(choices, batch=batch) for key, choices in mixtures.items()})
-        best = min(totals, key=totals.__getitem__)
-        return mixtures[best] if totals[best] < GAIN * totals["last"] else last
+            seconds[step][name] -= alone.get(other, 0.0)
+        return seconds
 
     def _fastest(self, times: Mapping[str, float], form: Form | None = None) -> str:
         fitting = {name: t for name, t in times.items() if form in (None, self.forms[name])} or times
@@ -199,17 +213,16 @@ class Tuner:
             rounds += 1
         return {key: each / placements[key].signature.batch for key, each in least.items()}
 
-    def _slices(self, choices: Mapping[str, str], guess: int) -> int:
-        """The number of slices that runs the whole batch fastest."""
-        batch = self.job.signature.batch
-        counts = [batch // n for n in divisors(batch)]
-        if self.mode == "quick":
-            near = sorted(counts, key=lambda n: abs(counts.index(n) - counts.index(guess)))[:3]
-            counts = sorted(near)
-        if len(counts) < 2:
-            return guess
-        totals = self._totals({count: self.job.at(choices, count) for count in counts})
-        return int(min(totals, key=totals.__getitem__))
+    def _size(self, choices: Mapping[str, str], size: int) -> int:
+        """The size of a slice that takes least time per sample: the given one or a neighbour, or any."""
+        threads, batch = self.job.settings.threads, self.job.signature.batch
+        sizes = [n for n in divisors(batch) if n == batch or batch // n >= threads]
+        at = sizes.index(size) if size in sizes else 0
+        near = sizes[max(0, at - 1):at + 2] if self.mode == "quick" else sizes
+        near = [n for n in near if size % LANES or n % LANES == 0]
+        totals = self._totals({n: self.job.at(choices, batch=n) for n in near})
+        # Slices run side by side; the whole batch has all threads already.
+        return int(min(totals, key=lambda n: totals[n] / (threads if n < batch else 1)))
 
 
 def _call(placement: CpuPlacement) -> Callable[[], object]:
@@ -233,6 +246,7 @@ def _key(job: Job, mode: str) -> str:
               str(step.epilogue.activation)] for step in job.program.steps]
     extension_file = Path(extension().__file__)
     told = json.dumps([VERSION, steps, job.settings.isa.name, job.settings.threads, job.settings.weights,
+                       job.settings.dtype,
                        sorted(job.settings.choices.items()), mode, processor(), extension_file.stat().st_size],
                       default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:32]
