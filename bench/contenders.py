@@ -23,6 +23,7 @@ from bench.isolation import OutOfTime, own_signal_stack, quiet, time_limit
 from bench.verified import allowed, error_rows
 from prunekern.backends import BACKENDS, lower
 from prunekern.backends.base import Backend
+from prunekern.errors import BackendUnavailable
 from prunekern.lower.tolerance import error
 
 Call = Callable[[], object]
@@ -202,6 +203,10 @@ def _lowered(backend: Backend, precision: str = "fp32", **options: Any) -> Conte
     def unavailable(setting: Setting) -> str | None:
         if setting.device.type not in backend.devices:
             return f"it does not run on {setting.device.type}"
+        try:
+            backend.configured(**options)
+        except BackendUnavailable as error:
+            return str(error)
         return backend.unavailable()
     name = f"lowered, {backend.name}" + ("" if precision == "fp32" else f", {precision}")
     return Contender(backend.name, name, make, unavailable, precision, ours=True)
