@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from prunekern import kernels
 from prunekern.backends.base import Signature
 from prunekern.backends.cpu import COMPILERS, CpuPlacement
-from prunekern.backends.cpu.builder import Settings
+from prunekern.backends.cpu.layout import Settings
 from prunekern.backends.cpu.native import Isa, extension, isa
 from prunekern.backends.cpu.place import Form
 from prunekern.backends.cpu.planar import blocks, pack, widest

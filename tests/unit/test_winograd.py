@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from prunekern import kernels
 from prunekern.backends.base import Signature
 from prunekern.backends.cpu import COMPILERS, CpuPlacement
-from prunekern.backends.cpu.builder import Settings
 from prunekern.backends.cpu.geometry import Geometry
+from prunekern.backends.cpu.layout import Settings
 from prunekern.backends.cpu.native import Isa, extension, isa
 from prunekern.backends.cpu.winograd import POINTS, takes, transform, weight_matrix
 from prunekern.core.activations import apply

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from prunekern.backends.base import Placement, Signature, check_options
 from prunekern.backends.cpu import bf16
-from prunekern.backends.cpu.builder import Compiler, Key, Settings
+from prunekern.backends.cpu.builder import Key
 from prunekern.backends.cpu.convs import Conv
+from prunekern.backends.cpu.layout import Compiler, Settings
 from prunekern.backends.cpu.linear import Linear
 from prunekern.backends.cpu.moves import Cat, Constant, Move
 from prunekern.backends.cpu.native import isa

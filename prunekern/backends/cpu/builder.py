@@ -1,5 +1,4 @@
-"""Turns a Program at one shape into ops of the engine, in two passes: which form every value has and how wide its halo
-must be; then places and ops, step by step.
+"""Turns a Program at one shape into ops of the engine: after the first pass (layout.py), places and ops step by step.
 
 Compilers of Steps (convs.py, simple.py) see a Builder: ``read``, ``want`` and ``write`` give places, ``emit`` adds an
 op. Buffers live from the first op that touches them to the last one.
@@ -8,15 +7,15 @@ op. Buffers live from the first op that touches them to the last one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunekern.backends.cpu.layout import Compiler, Layout, Settings
 from prunekern.backends.cpu.native import Field, Isa, NativeOp, activation_fields
-from prunekern.backends.cpu.place import AXES, LOCAL, Buffer, Form, Halo, Place, allocate, no_halo, widest
-from prunekern.core.graph import Shape
+from prunekern.backends.cpu.place import AXES, LOCAL, Buffer, Form, Place, allocate, no_halo
 from prunekern.core.program import Program, Slot, Step
 from prunekern.lower.arena import Arena, Wanted, pack
 
@@ -35,42 +34,6 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Need:
-    """A step reads a slot in this form, with at least this halo."""
-
-    slot: Slot
-    form: Form
-    halo: Halo = ()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a placement is built for. choices: step name -> algorithm; heuristics decide for the others.
-    weights: 'fp32', or 'fp16' (arithmetic is fp32 with both). dtype: of products, 'fp32' or 'bf16'."""
-
-    isa: Isa
-    threads: int
-    choices: Mapping[str, str] = field(default_factory=dict)
-    weights: str = "fp32"
-    dtype: str = "fp32"
-
-
-class Compiler(Protocol):
-    """How one kind of Step becomes native ops."""
-
-    def takes(self, builder: Builder, step: Step) -> str | None:
-        """Why it cannot (then the step runs through the reference backend), or None."""
-
-    def needs(self, builder: Builder, step: Step) -> Iterable[Need]:
-        """The forms in which it reads."""
-
-    def gives(self, builder: Builder, step: Step) -> Form:
-        """The form of its output."""
-
-    def emit(self, builder: Builder, step: Step) -> None: ...
-
-
-@dataclass(frozen=True)
 class Foreign:
     """Steps that the reference backend runs, between native ops."""
 
@@ -85,15 +48,12 @@ class _Item:
     fields: Mapping[str, Field | Ref]
 
 
-class Builder:
+class Builder(Layout):
     """See the top of this file. ``packs`` is shared by all placements of a Program: key -> packed weights."""
 
     def __init__(self, program: Program, batch: int, settings: Settings, compilers: Mapping[str, Compiler],
                  packs: dict[Key, Tensor]) -> None:
-        self.program, self.batch, self.settings, self.isa = program, batch, settings, settings.isa
-        self.producers, self.consumers = program.producers(), program.consumers()
-        self.forms: dict[str, Form] = {}
-        self.foreign: dict[str, str] = {}                    # step -> why it is
+        super().__init__(program, batch, settings, compilers)
         self.algorithms: dict[str, str] = {}
         self.absorbed: dict[str, str] = {}                   # step -> an earlier one that does its work too
         self.rows: dict[str, str] = {}                       # step -> its row of lower/tolerance.py
@@ -102,11 +62,9 @@ class Builder:
         self.items: list[_Item | Foreign] = []
         self.spans: dict[str, tuple[int, int]] = {}          # step -> its items
         self.keep: list[Tensor] = []
-        self._compilers, self._packs = compilers, packs
-        self._halos: dict[tuple[str, Form], Halo] = {}
+        self._packs = packs
         self._converted: dict[Key, Place] = {}
         self._touched: dict[Buffer, tuple[int, int]] = {}
-        self._cut: dict[str, tuple[Slot, int, int]] = {}     # written into a slice (axis, start) of another slot
         self.constants: list[Tensor] = []
         self.groups: list[tuple[int, ...]] = []              # of items: the first of every chain, and the end
         self.local_bytes = 0
@@ -118,12 +76,6 @@ class Builder:
 
     # ---- for compilers -------------------------------------------------------------------------------------------
 
-    def shape(self, slot: Slot) -> Shape:
-        return slot.at(self.batch)
-
-    def form(self, slot: Slot) -> Form:
-        return self.forms.get(slot.name, Form.PLAIN)
-
     def read(self, slot: Slot) -> Place:
         """Where a slot is."""
         return self.places[slot.name]
@@ -132,7 +84,7 @@ class Builder:
         """A slot in a form, copied if it is in another one; with the halo that ``needs`` asked for."""
         place, key = self.places[slot.name], (slot.name, form)
         shape = self.shape(slot)
-        wanted = self._halos.get(key) or no_halo(len(shape))
+        wanted = self.halos.get(key) or no_halo(len(shape))
         if place.fits(form, wanted):
             return place
         if key not in self._converted:
@@ -167,7 +119,7 @@ class Builder:
         """Where a step puts its output; made on first use."""
         if slot.name not in self.places:
             self.places[slot.name] = place = self._new(slot)
-            if slot.name not in self._cut:
+            if slot.name not in self.cuts:
                 self._open(place)
         return self.places[slot.name]
 
@@ -246,12 +198,7 @@ class Builder:
     # ---- the two passes ------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        for slot in self.program.input_slots:
-            self.forms[slot.name] = Form.PLAIN
-        for step in self.program.steps:
-            self._decide(step)
-        self._measure()
-        self._cut_cats()
+        self.decide()
         for number, slot in enumerate(self.program.input_slots):
             if slot.dtype == torch.float32:
                 self.places[slot.name] = allocate(self.shape(slot), base=1 + number)
@@ -261,95 +208,8 @@ class Builder:
             self._place(step)
             self.spans[step.name] = (start, len(self.items))
         self._step = "(output)"
-        for slot in self.program.output_slots:
-            self._export(slot)
-
-    def _decide(self, step: Step) -> None:
-        compiler = self._compilers.get(step.op)
-        reason = self._reason(compiler, step)
-        if reason is not None or compiler is None:
-            self.foreign[step.name] = reason or "no kernel"
-            forms = Form.PLAIN
-        else:
-            forms = compiler.gives(self, step)
-        for slot in step.outputs:
-            self.forms[slot.name] = forms if len(slot.shape) > 2 else Form.PLAIN
-
-    def _reason(self, compiler: Compiler | None, step: Step) -> str | None:
-        if compiler is None:
-            return f"the engine has no {step.op}"
-        strange = [slot for slot in (*step.reads, *step.outputs) if slot.dtype != torch.float32]
-        if strange:
-            return f"{strange[0].name} is {strange[0].dtype}"
-        if any(len(slot.shape) > 5 for slot in (*step.reads, *step.outputs)):
-            return "a value has more than five axes"
-        return compiler.takes(self, step)
-
-    def needs(self, step: Step) -> list[Need]:
-        return [] if step.name in self.foreign else list(self._compilers[step.op].needs(self, step))
-
-    def _measure(self) -> None:
-        """The halo of every slot in every form that somebody reads it in."""
-        for step in self.program.steps:
-            for need in self.needs(step):
-                key, halo = (need.slot.name, need.form), need.halo or no_halo(len(need.slot.shape))
-                self._halos[key] = widest(self._halos.get(key, halo), halo)
-
-    def _cut_cats(self) -> None:
-        """Which producers write straight into their part of a concatenation; the last one that takes them has them.
-        A concatenation of neighbours there (DenseNet's grow by one layer at a time) is a part itself."""
-        for step in reversed(self.program.steps):
-            if step.op != "cat" or step.name in self.foreign:
-                continue
-            axis, start = step.attributes["axis"], 0
-            if step.output.name not in self._cut and (whole := self._neighbours(step)) is not None:
-                self._cut_into(step.output, *whole)
-                continue
-            for slot in step.inputs:
-                if self._may_cut(slot, step):
-                    self._cut_into(slot, step.output, axis, start)
-                start += self.shape(slot)[axis]
-
-    def _cut_into(self, slot: Slot, whole: Slot, axis: int, start: int) -> None:
-        self._cut[slot.name] = (whole, axis, start)
-        form = self.form(whole)
-        halo = self._halos.get((slot.name, form))
-        while halo is not None:                              # what holds it has room for its readers too
-            self._halos[whole.name, form] = halo = widest(self._halos.get((whole.name, form), halo), halo)
-            if whole.name not in self._cut:
-                break
-            whole = self._cut[whole.name][0]
-
-    def _neighbours(self, step: Step) -> tuple[Slot, int, int] | None:
-        """Where the inputs of a concatenation lie, if they lie in its order in another one already."""
-        axis, parts = step.attributes["axis"], [self._cut.get(slot.name) for slot in step.inputs]
-        first = parts[0] if parts else None
-        if first is None or step.output.name in self._outputs:
-            return None
-        whole, expected = first[0], first[2]
-        for slot, part in zip(step.inputs, parts, strict=True):
-            if part != (whole, axis, expected):
-                return None
-            expected += self.shape(slot)[axis]
-        return (whole, axis, first[2]) if self.form(whole) is self.form(step.output) else None
-
-    def _may_cut(self, slot: Slot, cat: Step) -> bool:
-        producer = self.producers.get(slot.name)
-        return (producer is not None and producer.name not in self.foreign and producer.op not in ("move", "constant")
-                and self.form(slot) is self.form(cat.output) and slot.name not in self._cut
-                and [s.name for s in cat.inputs].count(slot.name) == 1 and slot.name not in self._outputs
-                and cat.attributes["axis"] < 2)
-
-    def is_written(self, slot: Slot, cat: Step, start: int) -> bool:
-        """Whether a slot is in its part of a concatenation already."""
-        return self._root(slot, 0) == self._root(cat.output, start) if slot.name in self._cut else False
-
-    def _root(self, slot: Slot, start: int) -> tuple[str, int]:
-        """The outermost value that a position lies in, and where."""
-        while slot.name in self._cut:
-            slot, _, offset = self._cut[slot.name]
-            start += offset
-        return slot.name, start
+        for number, slot in enumerate(self.program.output_slots):
+            self._export(slot, 1 + self._input_count + number)
 
     def _place(self, step: Step) -> None:
         if step.name in self.absorbed:
@@ -375,11 +235,11 @@ class Builder:
                 self._touch(self.places[slot.name], len(self.items) - 1)
 
     def _new(self, slot: Slot) -> Place:
-        if slot.name in self._cut:
-            whole, axis, start = self._cut[slot.name]
+        if slot.name in self.cuts:
+            whole, axis, start = self.cuts[slot.name]
             return self.write(whole).part(axis, start, self.shape(slot)[axis])
         form = self.form(slot)
-        halo = self._halos.get((slot.name, form)) or no_halo(len(slot.shape))
+        halo = self.halos.get((slot.name, form)) or no_halo(len(slot.shape))
         place = allocate(self.shape(slot), form, halo)
         number = self._outputs.get(slot.name)
         if number is not None and place.view.is_contiguous() and not place.padded:
@@ -392,8 +252,7 @@ class Builder:
             low, high = (spatial([pair[i] for pair in place.halo]) for i in (0, 1))
             self.emit("halo", y=image(place), low=low, high=high)
 
-    def _export(self, slot: Slot) -> None:
-        number = 1 + self._input_count + self._outputs[slot.name]
+    def _export(self, slot: Slot, number: int) -> None:
         place = self.places.get(slot.name)
         if place is None or place.buffer.base == number:
             return
@@ -417,13 +276,19 @@ class Builder:
         return arena
 
     def ops(self, skip_halos: bool) -> list[NativeOp | Foreign | None]:
-        """The items with their Views filled in; None for a halo that needs no work."""
+        """The items with their Views filled in. skip_halos: None for those in the arena, which nobody overwrites (a
+        thread's own memory is of many uses)."""
         for buffer in self._locals:
             buffer.base = 1 + self._input_count + len(self._outputs) + len(self.constants)
-        return [item if isinstance(item, Foreign) else None if item.op == "halo" and skip_halos else
+        return [item if isinstance(item, Foreign) else None if skip_halos and _is_halo(item) else
                 NativeOp(item.op, item.step, {key: value.fields() if isinstance(value, Ref) else value
                                               for key, value in item.fields.items()})
                 for item in self.items]
+
+
+def _is_halo(item: _Item) -> bool:
+    return item.op == "halo" and all(value.place.buffer.base == 0 for value in item.fields.values()
+                                     if isinstance(value, Ref))
 
 
 def image(place: Place) -> Ref:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from prunekern.backends.cpu import bands, bf16, depthwise, gemm, planar, winograd
-from prunekern.backends.cpu.builder import Builder, Need
+from prunekern.backends.cpu.builder import Builder
 from prunekern.backends.cpu.geometry import Geometry
+from prunekern.backends.cpu.layout import Need
 from prunekern.backends.cpu.place import Form, Halo
 from prunekern.core.program import Step
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from prunekern.backends.cpu import bf16
-from prunekern.backends.cpu.builder import Builder, Need, Ref
+from prunekern.backends.cpu.builder import Builder, Ref
 from prunekern.backends.cpu.gemm import Fields, is_half
 from prunekern.backends.cpu.geometry import grid, runs
+from prunekern.backends.cpu.layout import Need
 from prunekern.backends.cpu.pack import pack_gemm
 from prunekern.backends.cpu.place import Form, Place
 from prunekern.core.program import Slot, Step

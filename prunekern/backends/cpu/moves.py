@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from prunekern.backends.cpu.builder import Builder, Need, axes
+from prunekern.backends.cpu.builder import Builder, axes
+from prunekern.backends.cpu.layout import Need
 from prunekern.backends.cpu.place import Form, Place
 from prunekern.core.program import Step
 

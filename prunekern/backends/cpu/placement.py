@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from prunekern.backends.base import Observe, Placement, Signature
-from prunekern.backends.cpu.builder import Builder, Compiler, Foreign, Key, Settings
+from prunekern.backends.cpu.builder import Builder, Foreign, Key
+from prunekern.backends.cpu.layout import Compiler, Settings
 from prunekern.backends.cpu.native import NativeOp, Network, Recipe, advise_huge
 from prunekern.backends.reference import ReferenceBackend
 from prunekern.core.program import Program, Slot, Step

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunekern.backends.cpu import planar
-from prunekern.backends.cpu.builder import Builder, Compiler, Need, Ref, axes, image, spatial
+from prunekern.backends.cpu.builder import Builder, Ref, axes, image, spatial
+from prunekern.backends.cpu.layout import Compiler, Need
 from prunekern.backends.cpu.native import Field, activation_fields
 from prunekern.backends.cpu.place import AXES, Form, Place
 from prunekern.core.program import Slot, Step

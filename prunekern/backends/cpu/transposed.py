@@ -10,9 +10,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from prunekern.backends.cpu.builder import Builder, Need, image
+from prunekern.backends.cpu.builder import Builder, image
 from prunekern.backends.cpu.gemm import Fields
 from prunekern.backends.cpu.geometry import grid, runs
+from prunekern.backends.cpu.layout import Need
 from prunekern.backends.cpu.pack import pack_gemm
 from prunekern.backends.cpu.place import Form, Place
 from prunekern.core.program import Step

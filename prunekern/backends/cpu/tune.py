@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from prunekern.backends.base import Signature
-from prunekern.backends.cpu.builder import Compiler, Key, Settings
+from prunekern.backends.cpu.builder import Key
 from prunekern.backends.cpu.convs import algorithms
 from prunekern.backends.cpu.geometry import Geometry
+from prunekern.backends.cpu.layout import Compiler, Settings
 from prunekern.backends.cpu.native import extension
 from prunekern.backends.cpu.place import Form
 from prunekern.backends.cpu.placement import CpuPlacement
