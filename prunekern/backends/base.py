@@ -84,8 +84,9 @@ class Backend(Protocol):
     def configured(self, **options: Any) -> Backend:
         """The same with a user's options. Raises UnknownName for one that it does not have."""
 
-    def place(self, program: Program, signature: Signature) -> Placement:
-        """Lay a Program out. Raises LoweringError naming a step that it cannot run."""
+    def place(self, program: Program, signature: Signature, hasty: bool = False) -> Placement:
+        """Lay a Program out; hasty: by guesses, without measuring which algorithm is fastest. Raises LoweringError
+        naming a step that it cannot run."""
 
 
 def check_options(backend: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

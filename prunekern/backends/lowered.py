@@ -141,6 +141,10 @@ class Lowered:
             self._placements[signature] = found
             return found
 
+    def passing(self, signature: Signature) -> Placement:
+        """A Placement that is not kept, made in haste."""
+        return self.choice(signature.device.type).backend.place(self.program, signature, hasty=True)
+
     def choice(self, device: str = "cpu") -> Choice:
         """Which backend runs on a device type, and why."""
         if device not in self._choice:

@@ -51,12 +51,12 @@ class CpuBackend:
             raise BackendUnavailable(f'dtype="bf16" cannot run here: {reason}. Leave it out: fp32 runs everywhere.')
         return CpuBackend(chosen)
 
-    def place(self, program: Program, signature: Signature) -> Placement:
+    def place(self, program: Program, signature: Signature, hasty: bool = False) -> Placement:
         threads = self.options.num_threads or torch.get_num_threads()
         settings = Settings(isa(), threads, dict(self.options.algorithms), self.options.weights,
                             self.options.dtype)
         job = Job(program, signature, settings, COMPILERS, self._packs_of(program))
-        tuning = tune(job, self.options.tuning)
+        tuning = tune(job, "off" if hasty else self.options.tuning)
         return job.at(tuning.choices, tuning.slices)
 
     def _packs_of(self, program: Program) -> dict[Key, Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prunekern.backends.base import Signature
 from prunekern.backends.cpu.builder import Key
-from prunekern.backends.cpu.convs import algorithms
+from prunekern.backends.cpu.convs import GEMM, algorithms
 from prunekern.backends.cpu.geometry import Geometry
 from prunekern.backends.cpu.layout import Compiler, Settings
 from prunekern.backends.cpu.native import extension
@@ -35,12 +35,14 @@ from prunekern.backends.reference.slices import independent, resized
 from prunekern.core.files import write_text
 from prunekern.core.program import Program
 from prunekern.errors import PrunekernError
+from prunekern.lower.tolerance import error
 
 log = logging.getLogger("prunekern")
 
 VERSION = 1                                   # of what is on disk; kernels that change much are a new one
 SECONDS = {"quick": 0.06, "full": 0.6}        # of measuring, for each variant
 ROUNDS = {"quick": 3, "full": 10}             # at least
+SAME = 2e-2                                   # of max|output|: above what rounding does in any network, below any bug
 GAIN = 0.97                                   # another form of values must be this much faster to be worth it
 LANES, MOST = 16, 4                           # images that fill registers, and how many registers of them to try
 SLICE_BYTES = 1 << 20                         # of arena that a slice should take: a core's second cache
@@ -89,7 +91,25 @@ def tune(job: Job, mode: str) -> Tuning:
         log.info("tuned %d convolutions in %.1f s", len(found.choices), time.perf_counter() - start)
         cache.put(key, found)
     names = [step.name for step in job.program.steps if step.op == "conv"]
-    return replace(found, choices={names[int(number)]: name for number, name in found.choices.items()})
+    tuning = replace(found, choices={names[int(number)]: name for number, name in found.choices.items()})
+    if agrees(job, tuning):
+        return tuning
+    log.warning("what the tuner chose for batch %d does not give the network's output on this machine; running the "
+                "guesses instead. Please report it.", job.signature.batch)
+    return guess
+
+
+def agrees(job: Job, tuning: Tuning) -> bool:
+    """Whether a slice of random inputs gives what it gives by plain matrix products: a safeguard for shapes that
+    nobody has verified, not a measure of accuracy."""
+    batch = job.signature.batch // tuning.slices
+    direct = {step.name: GEMM.name for step in job.program.steps if step.op == "conv"}
+    results = []
+    for choices in (tuning.choices, direct):
+        outputs, run = _call(job.at(choices, batch=batch))
+        run()
+        results.append(outputs)
+    return all(error(ours, plain) <= SAME for ours, plain in zip(*results, strict=True) if plain.is_floating_point())
 
 
 def _tunable(job: Job, batch: int) -> dict[str, list[str]]:
@@ -203,7 +223,9 @@ class Tuner:
 
     def _totals(self, placements: Mapping[Any, CpuPlacement]) -> dict[Any, float]:
         """Least seconds of whole runs per sample, taking turns."""
-        calls = {key: _call(placement) for key, placement in placements.items()}
+        calls = {key: _call(placement)[1] for key, placement in placements.items()}
+        for call in calls.values():
+            call()
         least = dict.fromkeys(calls, float("inf"))
         deadline, rounds = time.perf_counter() + SECONDS[self.mode] * len(calls), 0
         while rounds < ROUNDS[self.mode] or time.perf_counter() < deadline:
@@ -226,15 +248,14 @@ class Tuner:
         return int(min(totals, key=lambda n: totals[n] / (threads if n < batch else 1)))
 
 
-def _call(placement: CpuPlacement) -> Callable[[], object]:
+def _call(placement: CpuPlacement) -> tuple[list[Tensor], Callable[[], object]]:
+    """Outputs, and what computes them from random inputs."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(slot.at(placement.signature.batch), generator=generator) if slot.dtype.is_floating_point
-              else torch.zeros(slot.at(placement.signature.batch), dtype=slot.dtype)
-              for slot in placement.program.input_slots]
-    outputs = [torch.empty(slot.at(placement.signature.batch), dtype=slot.dtype)
-               for slot in placement.program.output_slots]
-    placement.run_into(inputs, outputs)
-    return lambda: placement.run_into(inputs, outputs)
+    batch = placement.signature.batch
+    inputs = [torch.randn(slot.at(batch), generator=generator) if slot.dtype.is_floating_point
+              else torch.zeros(slot.at(batch), dtype=slot.dtype) for slot in placement.program.input_slots]
+    outputs = [torch.empty(slot.at(batch), dtype=slot.dtype) for slot in placement.program.output_slots]
+    return outputs, lambda: placement.run_into(inputs, outputs)
 
 
 # ---- on disk -----------------------------------------------------------------------------------------------------

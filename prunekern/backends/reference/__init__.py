@@ -27,7 +27,7 @@ class ReferenceBackend:
         check_options(self.name, options, ())
         return self
 
-    def place(self, program: Program, signature: Signature) -> Placement:
+    def place(self, program: Program, signature: Signature, hasty: bool = False) -> Placement:
         size = slice_size(program, signature, arena_of(program, signature.batch, KERNELS))
         if size < signature.batch:
             return SlicedPlacement(program, signature, KERNELS, size)
