@@ -123,8 +123,9 @@ class Truth:
     @torch.inference_mode()
     def hold(self, runner: Runner, contender: Contender) -> Checked:
         """The worst of the inputs, by ``prunekern.lower.tolerance``: eager's own error in that precision, some times
-        over, and a floor. Peers pass up to ``PEER`` in any case: in which order they sum is their affair."""
-        found, precision = [], contender.precision
+        over, and a floor. Ours are held to eager in fp32 and to their rows of the table, whatever they round. Peers
+        pass up to ``PEER`` in any case: in which order they sum is their affair."""
+        found, precision = [], "fp32" if contender.ours else contender.precision
         for x, y64, own in zip(self.inputs, self.exact, self.torch_errors[precision], strict=True):
             call = runner.bind(x)
             start = time.perf_counter()
