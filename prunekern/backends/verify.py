@@ -201,8 +201,10 @@ def _run_graph(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...
     values: dict[str, Tensor] = {}
 
     def keep(node: fx.Node, value: Any) -> None:
-        if node.name in names and isinstance(value, Tensor):
-            values[node.name] = value.clone()       # it may be written in place later
+        several = isinstance(value, (tuple, list))
+        for name, each in ((f"{node.name}.{i}", v) for i, v in enumerate(value)) if several else ((node.name, value),):
+            if name in names and isinstance(each, Tensor):
+                values[name] = each.clone()         # it may be written in place later
     return values, pytree.tree_leaves(evaluate(graph, tensors, args, kwargs, after=keep),
                                       is_leaf=lambda leaf: leaf is None)
 
@@ -232,8 +234,10 @@ def widened(graph: Graph) -> Graph:
     if not any(leaf is torch.float32 for node in graph.nodes for leaf in
                pytree.tree_leaves((list(node.args), dict(node.kwargs)))):
         return graph
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph.fx, {}))
+    copy, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph.fx, nodes))
+    for old, new in nodes.items():
+        new.name = old.name                # a copy is renamed where it is called like a builtin, such as ``input``
     for node in copy.nodes:
         node.args = wide(tuple(node.args))
         node.kwargs = {key: wide(arg) for key, arg in node.kwargs.items()}

@@ -131,6 +131,16 @@ class Builder:
             self.values[node] = slot
         return slot
 
+    def several(self, op: str, node: fx.Node, inputs: Sequence[fx.Node], attributes: Mapping[str, Any],
+                weights: Mapping[str, str]) -> None:
+        """Add a Step that gives all of a node's several tensors."""
+        kinds = zip(self.graph.dims[node.name], self._dtypes[node.name], strict=True)
+        slots = [Slot(self._unique(f"{node.name}.{i}"), *kind) for i, kind in enumerate(kinds)]
+        self.steps.append(Step(op, self._unique(node.name), tuple(map(self.slot, inputs)), tuple(slots),
+                               dict(attributes), dict(weights), macs=self._macs(node), source=owner(node)[0],
+                               place=place(node)))
+        self.values[node] = dict(enumerate(slots))
+
     def only_first(self, node: fx.Node) -> bool:
         """Of a node's several tensors, only the first one is read."""
         return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)

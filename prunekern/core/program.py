@@ -25,6 +25,10 @@ Operators that every backend implements (slots hold logical shapes, channels on 
 | `layer_norm`     | axes (how many, from the last), eps                           | weight, bias (optional)     |
 | `rms_norm`       | axes, eps                                                     | weight (optional)           |
 | `group_norm`     | groups, eps                                                   | weight, bias (optional)     |
+| `recurrent`      | kind: lstm, gru, rnn_tanh, rnn_relu; layers, directions,      | weight_ih_l0, weight_hh_l0, |
+|                  | batch_first. cell: one time step, and no axis of time. Inputs | bias_ih_l0, bias_hh_l0; for |
+|                  | x, h, c (LSTM), or x alone where states are zero; outputs y   | more layers _l1, ..., for   |
+|                  | (not of a cell), h, c (LSTM); shapes as in torch.nn           | the other way _l0_reverse   |
 | `embedding`      |                                                               | weight [V, D]               |
 | `prelu`          | axis                                                          | slope [n]                   |
 | `constant`       | the slot holds a weight                                       | value                       |
@@ -48,7 +52,7 @@ from prunekern.errors import LoweringError
 GEMMS = ("conv", "conv_transpose", "linear")
 ACTIVATED = (*GEMMS, "matmul", "scale", "binary", "activation")
 OPS = frozenset((*ACTIVATED, "pool", "adaptive_pool", "reduce", "pad", "resize", "cat", "move", "softmax", "layer_norm",
-                 "rms_norm", "group_norm", "attention", "embedding", "prelu", "constant", "aten"))
+                 "rms_norm", "group_norm", "attention", "recurrent", "embedding", "prelu", "constant", "aten"))
 
 
 @dataclass(frozen=True, slots=True)

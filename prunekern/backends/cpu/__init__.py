@@ -18,6 +18,7 @@ from prunekern.backends.cpu.moves import Cat, Constant, Move
 from prunekern.backends.cpu.native import isa
 from prunekern.backends.cpu.options import Options
 from prunekern.backends.cpu.placement import CpuPlacement
+from prunekern.backends.cpu.recurrent import Recurrent
 from prunekern.backends.cpu.simple import SIMPLE
 from prunekern.backends.cpu.transposed import ConvTranspose
 from prunekern.backends.cpu.tune import Job, tune
@@ -26,7 +27,8 @@ from prunekern.errors import BackendUnavailable
 from prunekern.kernels import unavailable
 
 COMPILERS: dict[str, Compiler] = {"conv": Conv(), "conv_transpose": ConvTranspose(), "linear": Linear(),
-                                  "move": Move(), "cat": Cat(), "constant": Constant(), **SIMPLE}
+                                  "move": Move(), "cat": Cat(), "constant": Constant(), "recurrent": Recurrent(),
+                                  **SIMPLE}
 
 
 class CpuBackend:

@@ -7,11 +7,12 @@ from typing import Any
 from prunekern.backends.base import Placement, Signature, check_options
 from prunekern.backends.reference.engine import Kernels, ReferencePlacement, arena_of
 from prunekern.backends.reference.gemm import GEMM_COMPILERS
+from prunekern.backends.reference.recurrent import recurrent
 from prunekern.backends.reference.simple import SIMPLE_COMPILERS, VIEWS, placed
 from prunekern.backends.reference.slices import SlicedPlacement, slice_size
 from prunekern.core.program import Program
 
-KERNELS = Kernels({**GEMM_COMPILERS, **SIMPLE_COMPILERS}, placed, VIEWS)
+KERNELS = Kernels({**GEMM_COMPILERS, **SIMPLE_COMPILERS, "recurrent": recurrent}, placed, VIEWS)
 
 
 class ReferenceBackend:
