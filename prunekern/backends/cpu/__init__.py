@@ -17,11 +17,13 @@ from prunekern.backends.cpu.linear import Linear
 from prunekern.backends.cpu.moves import Cat, Constant, Move
 from prunekern.backends.cpu.native import isa
 from prunekern.backends.cpu.options import Options
+from prunekern.backends.cpu.parted import PartedPlacement
 from prunekern.backends.cpu.placement import CpuPlacement
 from prunekern.backends.cpu.recurrent import Recurrent
 from prunekern.backends.cpu.simple import SIMPLE
 from prunekern.backends.cpu.transposed import ConvTranspose
-from prunekern.backends.cpu.tune import Job, tune
+from prunekern.backends.cpu.tune import Job, parts, tune
+from prunekern.backends.reference.slices import resized
 from prunekern.core.program import Program
 from prunekern.errors import BackendUnavailable
 from prunekern.kernels import unavailable
@@ -57,9 +59,16 @@ class CpuBackend:
         threads = self.options.num_threads or torch.get_num_threads()
         settings = Settings(isa(), threads, dict(self.options.algorithms), self.options.weights,
                             self.options.dtype)
-        job = Job(program, signature, settings, COMPILERS, self._packs_of(program))
-        tuning = tune(job, "off" if hasty else self.options.tuning)
-        return job.at(tuning.choices, tuning.slices)
+        mode = "off" if hasty else self.options.tuning
+
+        def part(batch: int) -> CpuPlacement:
+            own = signature if batch == signature.batch else resized(program, signature, batch)
+            job = Job(program, own, settings, COMPILERS, self._packs_of(program))
+            tuning = tune(job, mode)
+            return job.at(tuning.choices, tuning.slices)
+        whole = Job(program, signature, settings, COMPILERS, self._packs_of(program))
+        placements = [part(batch) for batch in parts(whole)]
+        return placements[0] if len(placements) == 1 else PartedPlacement(program, signature, placements)
 
     def _packs_of(self, program: Program) -> dict[Key, Tensor]:
         """Packed weights are shared by all placements of a Program, and go with it."""

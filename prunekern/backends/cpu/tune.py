@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prunekern.backends.base import Signature
 from prunekern.backends.cpu.builder import Key
-from prunekern.backends.cpu.convs import GEMM, algorithms
+from prunekern.backends.cpu.convs import BF16, GEMM, algorithms
 from prunekern.backends.cpu.geometry import Geometry
 from prunekern.backends.cpu.layout import Compiler, Settings
 from prunekern.backends.cpu.native import extension
@@ -43,6 +43,7 @@ VERSION = 1                                   # of what is on disk; kernels that
 SECONDS = {"quick": 0.06, "full": 0.6}        # of measuring, for each variant
 ROUNDS = {"quick": 3, "full": 10}             # at least
 SAME = 2e-2                                   # of max|output|: above what rounding does in any network, below any bug
+ROUNDED_SAME = 4.0                            # ... and this often as far as rounding in a lower precision brings it
 GAIN = 0.97                                   # another form of values must be this much faster to be worth it
 LANES, MOST = 16, 4                           # images that fill registers, and how many registers of them to try
 SLICE_BYTES = 1 << 20                         # of arena that a slice should take: a core's second cache
@@ -101,15 +102,20 @@ def tune(job: Job, mode: str) -> Tuning:
 
 def agrees(job: Job, tuning: Tuning) -> bool:
     """Whether a slice of random inputs gives what it gives by plain matrix products: a safeguard for shapes that
-    nobody has verified, not a measure of accuracy."""
-    batch = job.signature.batch // tuning.slices
-    direct = {step.name: GEMM.name for step in job.program.steps if step.op == "conv"}
-    results = []
-    for choices in (tuning.choices, direct):
-        outputs, run = _call(job.at(choices, batch=batch))
+    nobody has verified, not a measure of accuracy. Where less than fp32 was asked for, it may be as far from them in
+    fp32 as they are in that precision, a few times over."""
+    batch, settings = job.signature.batch // tuning.slices, job.settings
+    steps = [step.name for step in job.program.steps if step.op == "conv"]
+
+    def outputs(job: Job, choices: Mapping[str, str]) -> list[Tensor]:
+        found, run = _call(job.at(choices, batch=batch))
         run()
-        results.append(outputs)
-    return all(error(ours, plain) <= SAME for ours, plain in zip(*results, strict=True) if plain.is_floating_point())
+        return [each for each in found if each.is_floating_point()]
+    full = replace(job, settings=replace(settings, dtype="fp32", weights="fp32"))
+    ours, plain = outputs(job, tuning.choices), outputs(full, dict.fromkeys(steps, GEMM.name))
+    rounded = plain if full.settings == settings else \
+        outputs(job, dict.fromkeys(steps, (BF16 if settings.dtype == "bf16" else GEMM).name))
+    return all(error(x, y) <= SAME + ROUNDED_SAME * error(z, y) for x, y, z in zip(ours, plain, rounded, strict=True))
 
 
 def _tunable(job: Job, batch: int) -> dict[str, list[str]]:
@@ -138,13 +144,26 @@ def _sliceable(job: Job) -> CpuPlacement | None:
     return None if one.builder.foreign else one
 
 
-def _guess_slices(job: Job) -> int:
-    """Slices as large as their arena fits the second cache, one for each thread at least."""
+def _wanted(job: Job) -> int:
+    """Samples whose arena fits the second cache, and a slice for each thread at least; all, if the batch stays whole."""
     one, batch = _sliceable(job), job.signature.batch
     if one is None:
-        return 1
-    wanted = max(1, min(SLICE_BYTES // max(1, one.arena.size), batch // job.settings.threads))
+        return batch
+    return max(1, min(SLICE_BYTES // max(1, one.arena.size), batch // job.settings.threads))
+
+
+def _guess_slices(job: Job) -> int:
+    wanted, batch = _wanted(job), job.signature.batch
     return batch // max(n for n in divisors(batch) if n <= wanted)
+
+
+def parts(job: Job) -> list[int]:
+    """The batch, or where its divisors are far from a good slice: most of it in good slices, and the rest."""
+    wanted, batch = _wanted(job), job.signature.batch
+    if 2 * max(n for n in divisors(batch) if n <= wanted) >= wanted:
+        return [batch]
+    unit = min(1 << (wanted.bit_length() - 1), LANES) * job.settings.threads
+    return [batch - batch % unit, batch % unit] if unit < batch and batch % unit else [batch]
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -164,7 +183,8 @@ class Tuner:
         if whole and _sliceable(self.job) is not None:
             sizes.add(whole[0])                      # images fill the registers
         found = {size: self._algorithms(size) for size in sizes}
-        size = min(found, key=lambda n: found[n][1])
+        threads = self.job.settings.threads          # slices run side by side
+        size = min(found, key=lambda n: found[n][1] / (threads if n < batch else 1))
         choices = found[size][0]
         if _sliceable(self.job) is not None:
             size = self._size(choices, size)
