@@ -111,6 +111,7 @@ def agrees(job: Job, tuning: Tuning) -> bool:
         found, run = _call(job.at(choices, batch=batch))
         run()
         return [each for each in found if each.is_floating_point()]
+    job = replace(job, packs=dict(job.packs))      # nobody keeps those of the comparison
     full = replace(job, settings=replace(settings, dtype="fp32", weights="fp32"))
     ours, plain = outputs(job, tuning.choices), outputs(full, dict.fromkeys(steps, GEMM.name))
     rounded = plain if full.settings == settings else \
@@ -145,7 +146,7 @@ def _sliceable(job: Job) -> CpuPlacement | None:
 
 
 def _wanted(job: Job) -> int:
-    """Samples whose arena fits the second cache, and a slice for each thread at least; all, if the batch stays whole."""
+    """Samples whose arena fits the second cache, and a slice for each thread at least; all, if it stays whole."""
     one, batch = _sliceable(job), job.signature.batch
     if one is None:
         return batch
