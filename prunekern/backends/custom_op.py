@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import Dim, at
@@ -56,6 +58,11 @@ def _shapes(inputs: Sequence[Tensor], key: str) -> list[Tensor]:
     signature = lowered.signature(inputs)
     return [torch.empty(slot.at(signature.batch), dtype=slot.dtype, device=signature.device)
             for slot in lowered.program.output_slots]
+
+
+def wants(tensors: Sequence[Any]) -> bool:
+    """Whether a plain call must be the operator: a tensor has no values, or torch.func transforms it."""
+    return any(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and is_functorch_wrapped_tensor(x)) for x in tensors)
 
 
 def call(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
@@ -71,11 +70,14 @@ class Lowered:
             return custom_op.call(self, args, kwargs)
         direct = self._direct       # another thread may set it
         if direct is not None and len(args) == 1 and (not kwargs or (len(kwargs) == 1 and "out" in kwargs)):
-            value = direct(args[0], **kwargs) if kwargs else direct(args[0])      # unpacking costs more than the test
+            try:
+                value = direct(args[0], **kwargs) if kwargs else direct(args[0])  # unpacking costs more than the test
+            except RuntimeError:      # of tensors without memory: sparse, batched by vmap
+                value = None
             if value is not None:
                 return value
         tensors, out = self.bind(args, kwargs)
-        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        if custom_op.wants(tensors):
             return custom_op.call(self, args, kwargs)
         signature = self.signature(tensors)
         values = self.run(tensors, signature, None if out is None else self._checked_out(out, signature))
@@ -113,7 +115,7 @@ class Lowered:
         for tensor, slot in zip(given, slots, strict=True):
             shape = slot.at(signature.batch)
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype != slot.dtype \
-                    or tensor.device != signature.device or not tensor.is_contiguous():
+                    or tensor.device != signature.device or not tensor.is_contiguous() or tensor.is_neg():
                 raise InputError(f"out for {slot.name!r} must be a contiguous {slot.dtype} tensor {list(shape)} on "
                                  f"{signature.device}; pass torch.empty({list(shape)}, dtype={slot.dtype}).")
         return given
@@ -267,6 +269,8 @@ class Lowered:
 def _check(leaf: Any, slot: Slot) -> None:
     if not isinstance(leaf, Tensor):
         raise InputError(f"input {slot.name!r} is a {type(leaf).__name__}, expected a tensor [{slot}].")
+    if leaf.layout is not torch.strided:
+        raise InputError(f"input {slot.name!r} is {leaf.layout}; convert it with .to_dense().")
     if leaf.dtype != slot.dtype:
         raise InputError(f"input {slot.name!r} is {leaf.dtype}, the network computes in {slot.dtype}; convert it with "
                          f".to({slot.dtype}), or lower the model in the dtype you want.")

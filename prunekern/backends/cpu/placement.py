@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +126,7 @@ class CpuPlacement:
 
     def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], observe: Observe | None = None) -> None:
         """The same, into given contiguous tensors; nothing is allocated where all steps are native."""
-        inputs = [x.detach().contiguous() for x in inputs]
+        inputs = [x.detach().contiguous().resolve_neg() for x in inputs]
         with torch.no_grad():
             if observe is not None:
                 self._observed(inputs, outputs, observe)
@@ -138,7 +139,8 @@ class CpuPlacement:
         """One tensor to one tensor past all layers, where that is what the network does: gives None for an input that
         is not exactly what the placement is for."""
         inputs, outputs = self.program.input_slots, self.program.output_slots
-        if not (self.plain and len(inputs) == len(outputs) == 1 and inputs[0].dtype == torch.float32):
+        if not (self.plain and len(inputs) == len(outputs) == 1 and inputs[0].dtype == torch.float32
+                and math.prod(self.signature.shapes[0]) > 1):      # a single number may be a negated view
             return None
         shape, made = torch.Size(self.signature.shapes[0]), self._shapes[0]
         run, handle, last = self.network.run, self.network.handle, self._at[-1]
