@@ -142,7 +142,7 @@ def test_who_takes_part() -> None:
     assert "lowered, reference" in on_gpu
     assert f"lowered, {OURS}" in on_cpu
     if OURS == "cpu":
-        assert on_cpu[-1] == "lowered, cpu, fp16 weights"
+        assert on_cpu[-2:] == ["lowered, cpu, fp16 weights", "lowered, cpu, bf16"]
     assert [c.name for c in contenders(SETTING, ["onnxruntime"])] == ["eager", "ONNX Runtime", f"lowered, {OURS}"]
     assert [c.name for c in contenders(SETTING, [], ["reference"])] == ["eager", "lowered, reference"]
     assert {c.precision for c in contenders(SETTING) if c.league == "fp32"} == {"fp32"}

@@ -112,6 +112,27 @@ def test_the_tuner_has_bf16_to_choose_only_where_it_is_asked_for(tmp_path: Any, 
 
 
 @needs_bf16
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_is_tuned_is_held_to_plain_products_in_its_own_precision(broken: bool, tmp_path: Any, monkeypatch: Any,
+                                                                      caplog: Any) -> None:
+    """A network that amplifies rounding: a large constant between its layers, which the second one takes away."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, x = nn.Sequential(nn.Conv2d(24, 24, 3), nn.Conv2d(24, 24, 1)).eval(), torch.randn(1, 24, 6, 6)
+    first, second = model
+    torch.nn.init.constant_(first.bias, 30.0)
+    second.weight.data -= second.weight.data.mean(1, keepdim=True)
+    with torch.no_grad():
+        narrow = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        assert error(narrow, copy.deepcopy(model).double()(x.double())) > 2e-2
+    if broken:
+        pairs = bf16.pairs
+        monkeypatch.setattr(bf16, "pairs", lambda values: pairs(values.roll(1, -1)))
+    algorithms = {"conv2d": "bf16 GEMM", "conv2d_1": "bf16 GEMM"}
+    lowered(model, x, "bf16", tune="quick", verify=False, algorithms=algorithms)(x)
+    assert ("guesses" in caplog.text) is broken
+
+
+@needs_bf16
 def test_what_is_not_a_number_stays_so() -> None:
     model = nn.Sequential(nn.Conv2d(5, 16, 3, padding=1)).eval()
     x = torch.randn(1, 5, 8, 8)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prunekern.backends.base import Signature
 from prunekern.backends.cpu.builder import Key
-from prunekern.backends.cpu.convs import BF16, GEMM, algorithms
+from prunekern.backends.cpu.convs import GEMM, algorithms
 from prunekern.backends.cpu.geometry import Geometry
 from prunekern.backends.cpu.layout import Compiler, Settings
 from prunekern.backends.cpu.native import extension
@@ -43,8 +43,9 @@ VERSION = 1                                   # of what is on disk; kernels that
 SECONDS = {"quick": 0.06, "full": 0.6}        # of measuring, for each variant
 ROUNDS = {"quick": 3, "full": 10}             # at least
 SAME = 2e-2                                   # of max|output|: above what rounding does in any network, below any bug
-ROUNDED_SAME = 4.0                            # ... and this often as far as rounding in a lower precision brings it
+ROUNDED_SAME = 4.0                            # ... and so many times as far as rounding the weights brings it
 GAIN = 0.97                                   # another form of values must be this much faster to be worth it
+LAST_CACHE = 8 << 20                          # bytes of the last cache that a core may count on
 LANES, MOST = 16, 4                           # images that fill registers, and how many registers of them to try
 SLICE_BYTES = 1 << 20                         # of arena that a slice should take: a core's second cache
 
@@ -102,21 +103,25 @@ def tune(job: Job, mode: str) -> Tuning:
 
 def agrees(job: Job, tuning: Tuning) -> bool:
     """Whether a slice of random inputs gives what it gives by plain matrix products: a safeguard for shapes that
-    nobody has verified, not a measure of accuracy. Where less than fp32 was asked for, it may be as far from them in
-    fp32 as they are in that precision, a few times over."""
+    nobody has verified, not a measure of accuracy. Where less than fp32 was asked for, it may be a few times as far
+    from them as rounding the weights alone brings them."""
     batch, settings = job.signature.batch // tuning.slices, job.settings
-    steps = [step.name for step in job.program.steps if step.op == "conv"]
 
     def outputs(job: Job, choices: Mapping[str, str]) -> list[Tensor]:
         found, run = _call(job.at(choices, batch=batch))
         run()
         return [each for each in found if each.is_floating_point()]
-    job = replace(job, packs=dict(job.packs))      # nobody keeps those of the comparison
-    full = replace(job, settings=replace(settings, dtype="fp32", weights="fp32"))
-    ours, plain = outputs(job, tuning.choices), outputs(full, dict.fromkeys(steps, GEMM.name))
-    rounded = plain if full.settings == settings else \
-        outputs(job, dict.fromkeys(steps, (BF16 if settings.dtype == "bf16" else GEMM).name))
-    return all(error(x, y) <= SAME + ROUNDED_SAME * error(z, y) for x, y, z in zip(ours, plain, rounded, strict=True))
+    exact = replace(job, settings=replace(settings, dtype="fp32", weights="fp32"), packs={})    # nobody keeps those
+    direct = {step.name: GEMM.name for step in job.program.steps if step.op == "conv"}
+    ours, plain = outputs(job, tuning.choices), outputs(exact, direct)
+    moved = [0.0] * len(plain)
+    if exact.settings != settings:
+        narrow = torch.bfloat16 if settings.dtype == "bf16" else torch.float16
+        weights = {name: weight.to(narrow).to(weight) if weight.dim() > 1 else weight
+                   for name, weight in job.program.weights.items()}
+        rounded = outputs(replace(exact, program=replace(job.program, weights=weights), packs={}), direct)
+        moved = [error(x, y) for x, y in zip(rounded, plain, strict=True)]
+    return all(error(x, y) <= SAME + ROUNDED_SAME * most for x, y, most in zip(ours, plain, moved, strict=True))
 
 
 def _tunable(job: Job, batch: int) -> dict[str, list[str]]:
@@ -145,17 +150,24 @@ def _sliceable(job: Job) -> CpuPlacement | None:
     return None if one.builder.foreign else one
 
 
-def _wanted(job: Job) -> int:
-    """Samples whose arena fits the second cache, and a slice for each thread at least; all, if it stays whole."""
+def _wanted(job: Job, arena: int = SLICE_BYTES) -> int:
+    """Samples whose arena takes so many bytes, and a slice for each thread at least; all, if the batch stays whole."""
     one, batch = _sliceable(job), job.signature.batch
     if one is None:
         return batch
-    return max(1, min(SLICE_BYTES // max(1, one.arena.size), batch // job.settings.threads))
+    return max(1, min(arena // max(1, one.arena.size), batch // job.settings.threads))
 
 
 def _guess_slices(job: Job) -> int:
-    wanted, batch = _wanted(job), job.signature.batch
+    wanted, batch = _wanted(job, _weighty(job)), job.signature.batch
     return batch // max(n for n in divisors(batch) if n <= wanted)
+
+
+def _weighty(job: Job) -> int:
+    """Bytes of a slice's arena where weights are read once for each slice: as many as there are of them, but what the
+    last cache holds at most."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in job.program.weights.values())
+    return min(max(weights, SLICE_BYTES), LAST_CACHE)
 
 
 def parts(job: Job) -> list[int]:
@@ -179,7 +191,8 @@ class Tuner:
 
     def run(self, guess: Tuning) -> Tuning:
         kept, batch = dict(self.job.packs), self.job.signature.batch
-        sizes = {batch // guess.slices}
+        small = max(n for n in divisors(batch) if n <= _wanted(self.job))
+        sizes = {batch // guess.slices, small}
         whole = [n for n in divisors(batch) if n % LANES == 0 and n <= MOST * LANES]
         if whole and _sliceable(self.job) is not None:
             sizes.add(whole[0])                      # images fill the registers
