@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekern.backends import lower
-from prunekern.backends.cpu import bf16
+from prunekern.backends.cpu import bands, bf16
 from prunekern.backends.cpu.native import instruction_sets, isa
 from prunekern.errors import BackendUnavailable, InputError, UnknownName
 from prunekern.lower.tolerance import error
@@ -130,6 +130,31 @@ def test_what_is_tuned_is_held_to_plain_products_in_its_own_precision(broken: bo
     algorithms = {"conv2d": "bf16 GEMM", "conv2d_1": "bf16 GEMM"}
     lowered(model, x, "bf16", tune="quick", verify=False, algorithms=algorithms)(x)
     assert ("guesses" in caplog.text) is broken
+
+
+class Inverted(nn.Module):
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(13, 45, 1), nn.Conv2d(45, 13, 1)
+        self.middle, self.stride = nn.Conv2d(45, 45, 3, stride, 1, groups=45), stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(torch.relu(self.middle(torch.relu(self.expand(x)))))
+        return x + y if self.stride == 1 else torch.relu(y)
+
+
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bands_round_what_whole_layers_round(stride: int, threads: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(bands, "BYTES", 16 << 10)       # several bands
+    model = randomise_(nn.Sequential(nn.Conv2d(3, 13, 1), Inverted(stride))).eval()
+    x = torch.randn(3, 3, 19, 17, generator=torch.Generator().manual_seed(3))
+    whole, banded = (lowered(model, x, "bf16", num_threads=threads, algorithms={"conv2d_1": name})
+                     for name in ("bf16 GEMM", "bf16 in bands"))
+    assert str(banded.explain()).count("within conv2d_1") == 2
+    with torch.no_grad():
+        assert error(banded(x), whole(x)) < TIGHT
 
 
 @needs_bf16

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from prunekern.backends.cpu import depthwise, gemm
+from prunekern.backends.cpu import bf16, depthwise, gemm
 from prunekern.backends.cpu.builder import Builder, image
 from prunekern.backends.cpu.geometry import Geometry
 from prunekern.backends.cpu.place import Form, Place, allocate
@@ -68,10 +68,10 @@ def _is_pointwise(geometry: Geometry) -> bool:
 
 
 class Bands:
-    """Emits one inverted residual."""
+    """Emits one inverted residual. form: of what its GEMMs read, LAST or PAIRS (bf16.py)."""
 
-    def __init__(self, builder: Builder, steps: Inverted) -> None:
-        self.builder, self.steps = builder, steps
+    def __init__(self, builder: Builder, steps: Inverted, form: Form) -> None:
+        self.builder, self.steps, self.form = builder, steps, form
         self.outer, self.inner, self.last = (Geometry.of(builder, step) for step in
                                              (steps.expand, steps.middle, steps.project))
         inner = self.inner
@@ -84,15 +84,16 @@ class Bands:
         self.ring = allocate((1, inner.channels, self.ring_rows, inner.sizes[1]), Form.LAST,
                              ((0, 0), inner.halo()[1]))
         self.between = allocate((1, inner.channels, self.rows, inner.out[1]), Form.LAST)
+        self.rounded = allocate((1, inner.channels, self.rows, inner.out[1]), form)
 
     def emit(self) -> None:
         builder, steps = self.builder, self.steps
-        self.x = builder.want(steps.expand.inputs[0], Form.LAST)
+        self.x = builder.want(steps.expand.inputs[0], self.form)
         builder.absorbed[steps.middle.name] = steps.expand.name
         self.y = builder.absorb(steps.project, steps.expand)
         residual = steps.project.epilogue.residual
         self.residual = None if residual is None else builder.want(residual, Form.LAST)
-        builder.local([self.ring, self.between])
+        builder.local([self.ring, self.between, *([self.rounded] if self.form is Form.PAIRS else [])])
         bands = [(start, min(start + self.rows, self.inner.out[0]))
                  for start in range(0, self.inner.out[0], self.rows)]
         images, threads = self.outer.batch, builder.settings.threads
@@ -149,6 +150,9 @@ class Bands:
         geometry = replace(inner, batch=1, sizes=(rows.view.shape[2], inner.sizes[1]), out=(count, inner.out[1]),
                            padding=((0, 0), inner.padding[1]))
         depthwise.emit_on(self.builder, self.steps.middle, geometry, rows, middle)
+        if self.form is Form.PAIRS:
+            floats, middle = middle, _rows(self.rounded, 0, count)
+            self.builder.emit("to_bf16", x=image(floats), y=image(middle))
         last_geometry = replace(self.last, batch=1, sizes=(count, inner.out[1]), out=(count, inner.out[1]))
         residual = None if self.residual is None else _rows(_image(self.residual, number), first, count)
         y = _rows(_image(self.y, number), first, count)
@@ -164,11 +168,11 @@ def _image(place: Place, number: int) -> Place:
     return place.part(0, number, 1)
 
 
-def emit(builder: Builder, step: Step, geometry: Geometry) -> None:
+def emit(builder: Builder, step: Step, geometry: Geometry, form: Form = Form.LAST) -> None:
     """In bands, or as a plain GEMM where no inverted residual starts here."""
     found = find(builder, step)
     if found is None:
-        gemm.emit(builder, step, geometry)
-        builder.algorithms[step.name] = gemm.POINTWISE
+        builder.algorithms[step.name] = gemm.POINTWISE if form is Form.LAST else bf16.GEMM
+        gemm.emit(builder, step, geometry, form)
     else:
-        Bands(builder, found).emit()
+        Bands(builder, found, form).emit()

@@ -21,6 +21,7 @@ from prunekern.backends.cpu.place import Place, allocate
 from prunekern.core.program import Slot
 
 ROW = "bf16"        # of lower/tolerance.py
+GEMM = "bf16 GEMM"
 
 
 def unavailable() -> str | None:

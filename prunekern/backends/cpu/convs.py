@@ -1,7 +1,7 @@
 """Convolutions as ops of the engine: which algorithms there are, and which one runs.
 
 An algorithm says what it takes, in which form it reads and writes (with which halo), and emits its ops. Which one
-runs is the tuner's choice (tune.py), or that of ``favourite`` here.
+runs is the tuner's choice (tuner.py), or that of ``favourite`` here.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ def _windowed(geometry: Geometry) -> str | None:
 
 
 GEMM = Algorithm("implicit GEMM", Form.LAST, _any, gemm.emit)
-BF16 = Algorithm("bf16 GEMM", Form.LAST, bf16.takes, partial(gemm.emit, form=Form.PAIRS), error=bf16.ROW,
+BF16 = Algorithm(bf16.GEMM, Form.LAST, bf16.takes, partial(gemm.emit, form=Form.PAIRS), error=bf16.ROW,
                  reads=Form.PAIRS)
 IM2COL = Algorithm("im2col", Form.LAST, _windowed, gemm.emit_im2col)
 DEPTHWISE = Algorithm("depthwise", Form.LAST, depthwise.takes, depthwise.emit)
 PLANAR = [Algorithm("planar", Form.PLANAR, planar.takes, planar.emit),
           Algorithm("planar by images", Form.IMAGES, planar.takes_images, planar.emit_images)]
 BANDS = Algorithm("in bands", Form.LAST, bands.takes, bands.emit)
+BF16_BANDS = Algorithm("bf16 in bands", Form.LAST, bands.takes, partial(bands.emit, form=Form.PAIRS), error=bf16.ROW,
+                       reads=Form.PAIRS)
 WINOGRAD = {m: Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial(winograd.emit, m),
                          error=f"winograd {m}x{m}") for m in winograd.POINTS}
 
@@ -62,7 +64,7 @@ WINOGRAD = {m: Algorithm(f"winograd {m}x{m}", Form.LAST, winograd.takes, partial
 
 def algorithms(dtype: str = "fp32") -> dict[str, Algorithm]:
     """Every way to run a convolution, by name; the last resort first. dtype: of products, as a user allows it."""
-    rounding = (BF16,) if dtype == "bf16" else ()
+    rounding = (BF16, BF16_BANDS) if dtype == "bf16" else ()
     return {each.name: each for each in (GEMM, IM2COL, DEPTHWISE, BANDS, *WINOGRAD.values(), *PLANAR, *rounding)}
 
 
@@ -80,7 +82,7 @@ def favourite(builder: Builder, geometry: Geometry) -> Algorithm:
     if geometry.is_depthwise:
         return DEPTHWISE
     if builder.settings.dtype == "bf16" and BF16.takes(geometry) is None:
-        return BF16
+        return BF16_BANDS if bands.pays(geometry) else BF16
     if bands.pays(geometry):
         return BANDS
     if winograd.takes(geometry) is None and min(geometry.channels, geometry.outputs) >= 8 \

@@ -32,7 +32,7 @@ class Linear:
 
     def emit(self, builder: Builder, step: Step) -> None:
         pairs = builder.settings.dtype == "bf16"
-        builder.algorithms[step.name] = "bf16 GEMM" if pairs else "GEMM"
+        builder.algorithms[step.name] = bf16.GEMM if pairs else "GEMM"
         x_slot, y = step.inputs[0], builder.write(step.output)
         source = builder.flat.get(x_slot.name)
         if source is not None:
