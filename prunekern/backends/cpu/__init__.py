@@ -22,7 +22,7 @@ from prunekern.backends.cpu.placement import CpuPlacement
 from prunekern.backends.cpu.recurrent import Recurrent
 from prunekern.backends.cpu.simple import SIMPLE
 from prunekern.backends.cpu.transposed import ConvTranspose
-from prunekern.backends.cpu.tune import Job, parts, tune
+from prunekern.backends.cpu.tuner import Job, parts, tune
 from prunekern.backends.reference.slices import resized
 from prunekern.core.program import Program
 from prunekern.errors import BackendUnavailable
