@@ -14,6 +14,7 @@ from prunekern import train as training
 from prunekern.backends import Lowered
 from prunekern.backends import lower as lower_network
 from prunekern.backends.known import select
+from prunekern.backends.speedup import Speedup, explain_speedup
 from prunekern.core.plan import Plan
 from prunekern.errors import InputError, TargetError
 from prunekern.graph.groups import Groups
@@ -40,7 +41,8 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
              calibrate: Any = None, train: Any = None, validate: Any = None, test: Any = None,
              steps: int = 1, fit: Mapping[str, Any] | None = None, recalibrate: bool = False, plan: Plan | None = None,
              loss: Callable[..., Tensor] | None = None, lower: bool = True, backend: str = "auto",
-             checkpoint: str | Path | None = None, seed: int = 0, tell: Tell = lambda _: None) -> Result:
+             checkpoint: str | Path | None = None, seed: int = 0, time: bool = False,
+             tell: Tell = lambda _: None) -> Result:
     """Shrink a trained network to a target, prove every cut, and lower the result to GEMMs.
 
     model: an nn.Module in eval mode; never modified. example_inputs: one batch (tensor, tuple or dict); taken
@@ -55,6 +57,8 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     steps: prune in so many equal ratios, training (``fit``: options of ``prunekern.train.fit``) in between.
     plan: cut as it says (see ``prune.edit.edit_plan``), instead of choosing channels for a target.
     checkpoint: a folder; the same call continues from it after a kill. tell: called with progress lines.
+    time: lower the original too, and measure both on the example inputs: the report has what every layer was to gain,
+    what it gained, and why the two differ (``backends/speedup.py``); a second or two.
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, LoweringError, UnknownName,
     BackendUnavailable, ArtefactError; the model is then as it was.
@@ -89,7 +93,8 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
             metrics[f"{name} accuracy, compressed"] = _accuracy(outcome.model, data)
     lowered = _lowered(outcome.model, call, backend, tell) if lower else None
     all_notes = tuple(dict.fromkeys((*notes, *outcome.notes)))
-    report = summarise(model, groups, outcome.plan, outcome.steps, lowered, metrics, all_notes)
+    speedup = _speedup(model, lowered, call, backend, tell) if time and lowered is not None else None
+    report = summarise(model, groups, outcome.plan, outcome.steps, lowered, metrics, all_notes, speedup=speedup)
     return Result(outcome.model, outcome.plan, outcome.steps[-1].proof.form, outcome.steps, call, report, lowered,
                   all_notes, metrics)
 
@@ -97,6 +102,11 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
 def _lowered(model: nn.Module, call: Call, backend: str, tell: Tell) -> Lowered:
     tell("lower")
     return lower_network(model, call, backend=backend)
+
+
+def _speedup(model: nn.Module, lowered: Lowered, call: Call, backend: str, tell: Tell) -> Speedup:
+    tell("measure, before and after")
+    return explain_speedup(lower_network(model, call, backend=backend), lowered, *call.args, **call.kwargs)
 
 
 @dataclass

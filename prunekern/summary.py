@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prunekern.backends import Lowered
+from prunekern.backends.speedup import Speedup
 from prunekern.core.graph import owner, target_name
 from prunekern.core.plan import Plan
 from prunekern.graph.groups import Groups
@@ -89,17 +90,34 @@ def proof_checks(proof: Proof, prefix: str = "") -> dict[str, Check]:
     }
 
 
+def speedup_figure(speedup: Speedup) -> Figure:
+    """How much faster a call of the lowered network is."""
+    return Figure(f"Speed-up, batch {speedup.batch}", speedup.realised, "×",
+                  f"lowered, before and after; the MACs say {speedup.predicted:.3g}×")
+
+
+def speedup_table(speedup: Speedup) -> Table:
+    """Layer by layer: what the MACs say, what was measured, why they differ."""
+    return Table("Speed-up of every layer", ("layer", "by MACs, ×", "measured, ×", "µs before", "µs after",
+                                             "cause of the difference"), tuple(speedup.table()),
+                 f"Lowered, batch {speedup.batch}, {speedup.threads} thread{'s' * (speedup.threads > 1)}, backend "
+                 f"{' and '.join(dict.fromkeys(speedup.backends))}; the least of many runs of every step")
+
+
 def summarise(model: nn.Module, groups: Groups, plan: Plan, steps: Sequence[Step], lowered: Lowered | None,
-              metrics: Mapping[str, Any], notes: Sequence[str], curves: Sequence[Curve] = ()) -> Report:
+              metrics: Mapping[str, Any], notes: Sequence[str], curves: Sequence[Curve] = (),
+              speedup: Speedup | None = None) -> Report:
     """The report of one ``compress`` call."""
     headline = [Figure(f"{UNITS[what]} left", after / before, "fraction", f"{before:,} to {after:,}")
                 for what, (before, after) in plan.costs.items() if before]
     headline += [Figure(name, value, "fraction") for name, value in metrics.items()
                  if isinstance(value, float) and "accuracy" in name]
+    headline += [speedup_figure(speedup)] if speedup is not None else []
     checks = proof_checks(steps[-1].proof) if steps else {}
     tables = [Table("Pruning steps", ("step", "MACs", "params", "measured"), tuple(
         (s.number, s.costs["macs"][1], s.costs["params"][1], ", ".join(
             f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in s.measured.items())) for s in steps))]
+    tables += [speedup_table(speedup)] if speedup is not None else []
     if lowered is not None and lowered.verification is not None:
         tables.append(Table("Lowered network", ("what",), tuple(
             (line,) for line in str(lowered.verification).splitlines()[:40])))

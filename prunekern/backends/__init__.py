@@ -2,5 +2,6 @@
 
 from prunekern.backends.known import BACKENDS
 from prunekern.backends.lowered import Lowered, lower
+from prunekern.backends.speedup import explain_speedup
 
-__all__ = ["BACKENDS", "Lowered", "lower"]
+__all__ = ["BACKENDS", "Lowered", "explain_speedup", "lower"]

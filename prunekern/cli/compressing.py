@@ -71,6 +71,7 @@ REMOVE = Annotated[list[str] | None, typer.Option("--remove", metavar="LAYER=I,J
 KEEP = Annotated[list[str] | None, typer.Option("--keep", metavar="LAYER=I,J", rich_help_panel="Edits",
                                                 help="Output channels that stay.")]
 
+TIME = Annotated[bool, typer.Option("--time", help="Measure both, before and after, layer by layer.")]
 LOWER = Annotated[bool, typer.Option("--lower/--no-lower", help="Also turn the result into GEMMs.")]
 OUT = Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="For the result and its report.")]
 PLAN_FILE = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the plan (JSON).")]
@@ -94,7 +95,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
              accuracy: ACCURACY = None, max_drop: MAX_DROP = None, plan: PLAN = None,
              criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
              steps: STEPS = 1, data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
-             input: INPUT = None, lower: LOWER = True, backend: BACKEND = "auto", out: OUT = None,
+             input: INPUT = None, lower: LOWER = True, backend: BACKEND = "auto", time: TIME = False, out: OUT = None,
              checkpoint: CHECKPOINT = None, seed: SEED = 0, threads: THREADS = None, json: JSON = False,
              quiet: QUIET = False) -> None:
     """Shrink a network to a target, prove every cut, lower it, and report.
@@ -122,7 +123,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
             loaded.model, example, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
             round_to=round_to, steps=steps, fit={"epochs": epochs, "lr": lr, "progress": say.live},
             recalibrate=recalibrate, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
-            tell=tell, **parts)
+            time=time, tell=tell, **parts)
         if out is not None:
             tell(f"save to {out}")
             result.save(out)

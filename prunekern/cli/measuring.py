@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import torch
 import typer
 
 from prunekern.analysis.latency import measure
-from prunekern.backends import Lowered
+from prunekern.backends import Lowered, explain_speedup
 from prunekern.backends import lower as lower_network
 from prunekern.backends.explain import Explanation
 from prunekern.cli.console import Out
@@ -18,9 +19,11 @@ from prunekern.cli.target import load_target, need_example
 from prunekern.errors import InputError
 from prunekern.graph.inputs import Call, as_call
 from prunekern.report import Figure, LatencyRow, Report, Table
-from prunekern.summary import environment
+from prunekern.summary import environment, speedup_figure, speedup_table
 
 BASELINE = "eager PyTorch"
+AGAINST = Annotated[str | None, typer.Option("--against", metavar="TARGET", help="Another network, such as the one "
+                                             "before pruning: compare them layer by layer (measures both).")]
 TIME = Annotated[bool, typer.Option("--time", help="Measure every step too, against this machine's limits.")]
 SAVE = Annotated[Path | None, typer.Option("--save", metavar="FOLDER", help="For the Program and its weights.")]
 BATCHES = Annotated[list[int] | None, typer.Option("--batch", min=1, metavar="N", help="Batch size; repeatable.")]
@@ -30,14 +33,15 @@ SECONDS = Annotated[float, typer.Option("--seconds", min=0.0, metavar="S", help=
 def add_to(app: typer.Typer) -> None:
     app.command(epilog=examples(
         "prunekern lower models:net --input 1x3x224x224",
-        "prunekern lower small --time --save lowered"))(lower)
+        "prunekern lower small --time --save lowered",
+        "prunekern lower small --against models:net"))(lower)
     app.command(epilog=examples(
         "prunekern bench models:net --input 1x3x224x224 --threads 2",
         "prunekern bench small --batch 1 --batch 64 --seconds 5 --json"))(bench)
 
 
-def lower(target: TARGET, input: INPUT = None, backend: BACKEND = "auto", time: TIME = False, save: SAVE = None,
-          seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
+def lower(target: TARGET, input: INPUT = None, backend: BACKEND = "auto", time: TIME = False, against: AGAINST = None,
+          save: SAVE = None, seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
     """Turn a network into planned GEMMs, hold it to the original, and explain every step."""
     say = Out(json, quiet)
     loaded = load_target(target, input or (), say, seed=seed, threads=threads)
@@ -47,31 +51,43 @@ def lower(target: TARGET, input: INPUT = None, backend: BACKEND = "auto", time: 
         lowered = lower_network(loaded.model, call, backend=backend)
         tell("explain")
         steps = lowered.explain(*call.args, time=time, **call.kwargs)
+        speedup = None
+        if against is not None:
+            tell(f"compare with {against}")
+            other = load_target(against, input or (), say, seed=seed, threads=threads)
+            speedup = explain_speedup(lower_network(other.model, call, backend=backend), lowered, *call.args,
+                                      **call.kwargs)
         if save is not None:
             tell(f"save to {save}")
             lowered.save(save)
     checked = lowered.verification
     data = {"backend": lowered.backend, "reason": lowered.reason, "verification": checked and checked.to_json(),
-            "explanation": steps.to_json(), "saved": str(save) if save else None}
-    say.result(_lower_report(type(loaded.model).__name__, lowered, steps), data)
+            "explanation": steps.to_json(), "speedup": speedup and speedup.to_json(),
+            "saved": str(save) if save else None}
+    report = _lower_report(type(loaded.model).__name__, lowered, steps)
+    if speedup is not None:
+        report = replace(report, headline=(*report.headline, speedup_figure(speedup)),
+                         tables=(speedup_table(speedup), *report.tables))
+    say.result(report, data)
 
 
 def _lower_report(model: str, lowered: Lowered, steps: Explanation) -> Report:
     timed = steps.roof is not None
-    columns = ["step", "op", "MxNxK", "algorithm", "MACs", *(["µs", "of roof"] if timed else []), "epilogue"]
+    columns = ["step", "op", "MxNxK", "algorithm", "MACs", *(["µs", "speed", "of roof"] if timed else []), "epilogue"]
     rows: list[tuple[Any, ...]] = []
     for row in steps.rows:
-        time = [f"{(row.seconds or 0) * 1e6:.1f}", f"{row.roofline or 0:.0%}"] if timed else []
+        time = [f"{(row.seconds or 0) * 1e6:.1f}", row.speed, f"{row.roofline or 0:.0%}"] if timed else []
         macs = f"{row.macs:,}" if row.macs else None
         rows.append((row.step, row.op, row.gemm, row.algorithm, macs, *time, row.epilogue))
     figures = [Figure("backend", lowered.backend, detail=lowered.reason), Figure("MACs", steps.macs, "MACs"),
                Figure("memory", steps.arena)]
     if timed:
         figures.append(Figure("time in steps", (steps.seconds or 0) * 1e6, "µs", str(steps.roof)))
+        figures.append(Figure("a call", (steps.call or 0) * 1e6, "µs", f"{steps.threads} threads"))
     if lowered.verification is not None:
         figures.append(Figure("verified", f"error {lowered.verification.error:.1e}", detail=str(lowered.verification)))
     return Report(title=f"{model}, lowered", subtitle=f"batch {steps.batch}", headline=tuple(figures),
-                  tables=(Table("Steps", tuple(columns), tuple(rows)),), notes=steps.notes)
+                  tables=(Table("Steps", tuple(columns), tuple(rows)),), notes=(*steps.notes, *steps.remarks))
 
 
 def bench(target: TARGET, input: INPUT = None, backend: BACKEND = "auto", batch: BATCHES = None,

@@ -670,7 +670,8 @@ def test_explanation() -> None:
     assert 0 < conv.roofline < 3
     json.dumps(timed.to_json())
     header, *rows = str(timed).splitlines()
-    assert header.split() == ["step", "op", "MxNxK", "algorithm", "MACs", "bytes", "us", "roofline", "epilogue"]
+    assert header.split() == ["step", "op", "MxNxK", "algorithm", "MACs", "bytes", "us", "speed", "roofline",
+                              "epilogue"]
     assert len(rows) >= len(timed.rows) + 1
 
 
