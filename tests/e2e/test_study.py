@@ -217,11 +217,16 @@ def test_a_finished_study_reports_at_once(finished: Outcome, monkeypatch: pytest
 
     monkeypatch.setattr("prunekern.recipes.fashion_mnist.steps.fit", never)
     monkeypatch.setattr("prunekern.recipes.fashion_mnist.pipeline.latencies", never)
+    monkeypatch.setattr("prunekern.recipes.fashion_mnist.pipeline.explain_speedup", never)
     before = finished.report
     again = small(finished.folder)
     assert again.records == finished.records
     assert again.report.latency == before.latency
     assert again.report.headline == before.headline
+    speedup, kept = (next(table for table in report.tables if table.title.startswith("Speed-up"))
+                     for report in (again.report, before))
+    assert speedup == kept
+    assert len(kept.rows) == 6
 
 
 class Killed(BaseException):

@@ -469,12 +469,12 @@ def test_sensitivity(command: Command) -> None:
 
 
 def test_lower(command: Command) -> None:
-    run = done(command("lower", "models:net", *IMAGE, "--save", "program"))
+    run = done(command("lower", "models:net", *IMAGE, "--save", "program", "--backend", "reference"))
     assert "im2col" in run.out
     assert "verified" in run.out
     assert (Path("program") / "program.json").exists()
-    data = done(command("lower", "models:net", *IMAGE, "--json", "--time", "--backend", "reference")).data
-    assert data["backend"] == "reference"
+    data = done(command("lower", "models:net", *IMAGE, "--json", "--time")).data
+    assert data["backend"] in ("cpu", "reference")
     assert data["verification"]["error"] < 1e-4
     assert data["explanation"]["rows"][0]["seconds"] > 0
     assert data["explanation"]["macs"] == done(command("profile", "models:net", *IMAGE, "--json")).data["total"]["macs"]

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from torch import Tensor
 
-from prunekern.backends import Lowered
+from prunekern.backends import Lowered, explain_speedup
 from prunekern.core.files import write_text
 from prunekern.core.plan import Plan
 from prunekern.data import Dataset, load, stratified
@@ -30,11 +30,12 @@ from prunekern.recipes.fashion_mnist.protocol import DEFAULT, FULL, Protocol, fo
 from prunekern.recipes.fashion_mnist.records import Record, Store, Stored
 from prunekern.recipes.fashion_mnist.steps import Study, study
 from prunekern.recipes.fashion_mnist.summary import Findings, lowered_name, report_of
-from prunekern.report import LatencyRow, Report, Saved
+from prunekern.report import LatencyRow, Report, Saved, Table
 from prunekern.result import Result
-from prunekern.summary import environment, layer_rows
+from prunekern.summary import environment, layer_rows, speedup_table
 
 VERSION = 1
+Measured = TypeVar("Measured", LatencyRow, Table)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _finish(work: Study, data: Dataset, steps: Sequence[Stored], tell: Teller) -
         protocol, data, work.seed, len(work.splits.validation[1]), steps, pick,
         apply_plan(original, example(), Plan(chosen.plan.graph, chosen.plan.kept), groups=None),
         layer_rows(work.groups, chosen.plan), lowered, agreement(model, lowered, work.splits.test),
-        _latency(work, records[0], pick.chosen, lowered), environment(), _command())
+        _latency(work, records[0], pick.chosen, lowered), _speedup(work, records[0], pick.chosen, lowered),
+        environment(), _command())
     report = report_of(findings)
     result = Result(model, chosen.plan, "class", _lineage(steps, chosen), Call((example(),), {}), report, lowered,
                     metrics={"validation accuracy": pick.chosen.after_retraining, "test accuracy": pick.chosen.test})
@@ -128,20 +130,38 @@ def _lineage(steps: Sequence[Stored], chosen: Stored) -> tuple[ResultStep, ...]:
 def _latency(work: Study, original: Record, chosen: Record, lowered: Lowered) -> tuple[LatencyRow, ...]:
     """Measured once per chosen network, backend and number of threads, and kept in latency.json."""
     store, protocol = work.store, work.protocol
+
+    def measure() -> Sequence[LatencyRow]:
+        contenders: dict[str, Callable[[Tensor], Tensor]] = {
+            BASELINE: store.model(original), "chosen, eager": store.model(chosen), lowered_name(lowered): lowered}
+        return latencies(contenders, work.splits.test[0], protocol.batches, protocol.rounds)
+    return _once(work, "latency.json", chosen, lowered, LatencyRow, measure)
+
+
+def _speedup(work: Study, original: Record, chosen: Record, lowered: Lowered) -> Table:
+    """What every layer gained, for one image; kept in speedup.json like the latency."""
+    def measure() -> Sequence[Table]:
+        dense = lowered_of(work.store.model(original))
+        return [speedup_table(explain_speedup(dense, lowered, work.splits.test[0][:1]))]
+    (table,) = _once(work, "speedup.json", chosen, lowered, Table, measure)
+    return table
+
+
+def _once(work: Study, name: str, chosen: Record, lowered: Lowered, kind: type[Measured],
+          measure: Callable[[], Sequence[Measured]]) -> tuple[Measured, ...]:
+    """What was measured before in the same setting, else what is measured now."""
+    protocol, path = work.protocol, work.store.folder / name
     setting = {"version": VERSION, "chosen": chosen.number, "backend": lowered.backend,
                "threads": torch.get_num_threads(), "batches": list(protocol.batches), "rounds": list(protocol.rounds)}
-    path = store.folder / "latency.json"
     try:
         found = json.loads(path.read_text())
         if found["setting"] == setting:
-            return tuple(LatencyRow(**row) for row in found["rows"])
+            return tuple(kind(**row) for row in found["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    contenders: dict[str, Callable[[Tensor], Tensor]] = {
-        BASELINE: store.model(original), "chosen, eager": store.model(chosen), lowered_name(lowered): lowered}
-    rows = latencies(contenders, work.splits.test[0], protocol.batches, protocol.rounds)
+    rows = tuple(measure())
     write_text(path, json.dumps({"setting": setting, "rows": [asdict(row) for row in rows]}, indent=1))
-    return tuple(rows)
+    return rows
 
 
 def _dataset(data: str | Path | Dataset | None, subset: tuple[int, int] | None, seed: int, progress: bool) -> Dataset:

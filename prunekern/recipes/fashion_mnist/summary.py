@@ -44,6 +44,7 @@ class Findings:
     lowered: Lowered
     agreement: Agreement
     latency: tuple[LatencyRow, ...]
+    speedup: Table
     environment: dict[str, str]
     command: str
 
@@ -214,7 +215,7 @@ def _tables(found: Findings) -> tuple[Table, ...]:
     steps = Table("Steps of the lowered network", ("step", "op", "M×N×K", "algorithm", "MACs", "bytes", "epilogue"),
                   tuple((row.step, row.op, row.gemm.replace("x", "×"), row.algorithm, row.macs, row.bytes, row.epilogue)
                         for row in explanation.rows), f"Backend {found.lowered.backend}, one image.")
-    return settings, steps
+    return settings, found.speedup, steps
 
 
 def _batch(found: Findings) -> object:
