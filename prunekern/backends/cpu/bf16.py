@@ -63,6 +63,6 @@ def rows(builder: Builder, slot: Slot, x: Place) -> Place:
 
 
 def _last_as_channels(place: Place) -> Ref:
-    *lead, last = range(place.view.dim())
-    n, d, h, w = [*[None] * (4 - len(lead)), *lead]
-    return Ref(place, (n, last, d, h, w))
+    last = place.view.dim() - 1
+    lead: list[int | None] = [*[None] * (4 - last), *range(last)]
+    return Ref(place, (lead[0], last, *lead[1:]))
