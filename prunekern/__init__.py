@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 from prunekern.analysis.sensitivity import sensitivity
 from prunekern.api import compress
-from prunekern.backends import explain_speedup, lower
+from prunekern.backends import lower
 from prunekern.cost import profile
 from prunekern.graph.trace import trace
 from prunekern.pareto import pareto
@@ -14,5 +14,5 @@ from prunekern.prune.oneshot import apply_plan, groups_of, prune
 from prunekern.prune.target import Target
 from prunekern.result import Result, load
 
-__all__ = ["Result", "Target", "apply_plan", "compress", "explain_speedup", "groups_of", "load", "lower", "pareto",
-           "profile", "prune", "sensitivity", "trace"]
+__all__ = ["Result", "Target", "apply_plan", "compress", "groups_of", "load", "lower", "pareto", "profile", "prune",
+           "sensitivity", "trace"]

@@ -7,7 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from prunekern.errors import InputError
 from prunekern.graph.trace import trace
 from prunekern.lower.build import build
 from prunekern.lower.passes import optimise
+
+if TYPE_CHECKING:
+    from prunekern.backends.speedup import Speedup
 
 PLACEMENTS = 8      # kept per network; the least recently used one goes
 
@@ -240,6 +243,12 @@ class Lowered:
                   torch.zeros(wanted.at(batch), dtype=wanted.dtype) for wanted in self.program.inputs]
         args, kwargs = pytree.tree_unflatten(leaves, self.program.in_spec)
         return tuple(args), dict(kwargs)
+
+    def against(self, dense: Lowered, *args: Any, **kwargs: Any) -> Speedup:
+        """What every layer gained over the same network before pruning on these inputs, what its MACs promised, and
+        why the two differ (``backends/speedup.py``)."""
+        from prunekern.backends.speedup import explain_speedup
+        return explain_speedup(dense, self, *args, **kwargs)
 
     def verify(self, model: nn.Module | Graph, *args: Any, **kwargs: Any) -> Verification:
         """Hold this network to a model on these inputs, per step and end to end. Raises LoweringError naming the

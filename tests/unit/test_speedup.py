@@ -135,7 +135,7 @@ def test_measured(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x,) = make("fashion", batch=4)
     small = pk.compress(model, x, pk.Target(macs=0.3), lower=False).model
     dense, pruned = (lower(each, x, backend=backend, verify=False) for each in (model, small))
-    found = explain_speedup(dense, pruned, x, rounds=1)
+    found = pruned.against(dense, x, rounds=1)
     assert [layer.name for layer in found.layers] == ["conv1", "conv2", "fc1", "fc2"]
     assert found.predicted == pytest.approx(dense.program.macs(4) / pruned.program.macs(4))
     assert all(layer.realised > 0 for layer in found.layers)
