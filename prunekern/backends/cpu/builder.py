@@ -172,9 +172,10 @@ class Builder(Layout):
 
     def packed(self, key: Key, make: Callable[[], Tensor]) -> int:
         """The address of packed weights; made once for all placements."""
-        if key not in self._packs:
-            self._packs[key] = make()
-        return self.address(self._packs[key])
+        found = self._packs.get(key)
+        if found is None:                          # another thread's tuner may empty the packs at any time
+            self._packs[key] = found = make()
+        return self.address(found)
 
     def table(self, values: Tensor) -> int:
         """The address of a table of offsets (int32)."""
