@@ -15,7 +15,7 @@ READY    := $(VENV)/.ready
 LINTERS  := $(VENV)/.linters
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench gpu-check clean
+.PHONY: help setup demo test sanitize check fix bench gpu-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,28 @@ demo: $(READY)  ## train, prune, prove, lower and report the Fashion-MNIST netwo
 
 test: $(READY)  ## run the tests (TEST="tests/unit -k im2col" for some of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST)
+
+# In a copy, so that the checkout's own binary stays as it is. Python itself has no sanitizer, so the runtime is
+# preloaded; memory that Python never gives back is no leak of ours. Masked loads of AVX are not watched, those of
+# `portable` are.
+SANITIZED  := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g1
+ENGINE     := tests/property/test_conv_fuzz.py $(wildcard tests/unit/test_cpu_*.py tests/unit/test_planar.py \
+              tests/unit/test_winograd.py tests/unit/test_kernels.py)
+LIBRARY     = $$($${CXX:-g++} -print-file-name=$(1))
+
+sanitize: export PRUNEKERN_CXXFLAGS := $(SANITIZERS)
+sanitize: export PRUNEKERN_BUILD := cpp
+sanitize: $(READY)  ## run the C++ engine's tests under the address and the undefined-behaviour sanitizer
+	@mkdir -p $(SANITIZED)
+	@rm -rf $(SANITIZED)/csrc $(SANITIZED)/tests
+	@tar -c --exclude='_C*' --exclude=__pycache__ csrc prunekern tests setup.py pyproject.toml README.md LICENSE \
+	    | tar -x -C $(SANITIZED)
+	@cd $(SANITIZED) && $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	@grep -q __asan_init $(SANITIZED)/prunekern/_C*.so
+	cd $(SANITIZED) && LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libstdc++.so)" OMP_NUM_THREADS=1 \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PRUNEKERN_FUZZ=0.1 \
+	    $(CURDIR)/$(BIN)/python -m pytest -q -n $(WORKERS) $(ENGINE)
 
 check: $(READY) $(LINTERS)  ## lint and type-check
 	$(BIN)/ruff check .
