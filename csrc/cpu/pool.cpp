@@ -10,6 +10,10 @@
 #include <thread>
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#include <unistd.h>
+#endif
 
 namespace pk {
 namespace {
@@ -43,7 +47,32 @@ struct alignas(64) Slot {
   std::atomic<bool> taken{false};
   std::atomic<Job*> job{nullptr};
   std::atomic<int64_t> helpers{0}, wanted{0};
+  std::atomic<int> cpu{-1};      // that the caller is on
 };
+
+int current_cpu() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Leaves a core to the caller. A helper that wakes up is often put beside who woke it, even where another core is idle,
+// and then both take turns on one for as long as the system lets them. Of the cores that the process may use (its main
+// thread's), all but that one; false where there is no other.
+bool step_aside(int cpu) {
+#ifdef __linux__
+  cpu_set_t cores;
+  if (sched_getaffinity(getpid(), sizeof cores, &cores) != 0) return true;
+  CPU_CLR(size_t(cpu), &cores);
+  if (CPU_COUNT(&cores) == 0) return false;
+  sched_setaffinity(0, sizeof cores, &cores);
+#else
+  (void)cpu;
+#endif
+  return true;
+}
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -69,6 +98,7 @@ class Pool {
       return;
     }
     slot->wanted.store(threads - 1, std::memory_order_relaxed);
+    slot->cpu.store(current_cpu(), std::memory_order_relaxed);
     slot->job.store(&job);
     wake();
     job.work();
@@ -116,7 +146,9 @@ class Pool {
       if (slot.job.load(std::memory_order_relaxed) == nullptr) continue;
       const int64_t before = slot.helpers.fetch_add(1);
       Job* const job = slot.job.load();      // `wanted` is this job's only when it is read after it
-      if (job != nullptr && before < slot.wanted.load(std::memory_order_relaxed)) {
+      const int cpu = slot.cpu.load(std::memory_order_relaxed);
+      if (job != nullptr && before < slot.wanted.load(std::memory_order_relaxed) &&
+          (cpu < 0 || cpu != current_cpu() || step_aside(cpu))) {
         job->work();
         worked = true;
       }
