@@ -12,6 +12,7 @@
 #include <pthread.h>
 #ifdef __linux__
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
@@ -58,6 +59,8 @@ int current_cpu() {
 #endif
 }
 
+thread_local bool t_aside = false;      // kept off a core
+
 // Leaves a core to the caller. A helper that wakes up is often put beside who woke it, even where another core is idle,
 // and then both take turns on one for as long as the system lets them. Of the cores that the process may use (its main
 // thread's), all but that one; false where there is no other.
@@ -67,11 +70,36 @@ bool step_aside(int cpu) {
   if (sched_getaffinity(getpid(), sizeof cores, &cores) != 0) return true;
   CPU_CLR(size_t(cpu), &cores);
   if (CPU_COUNT(&cores) == 0) return false;
-  sched_setaffinity(0, sizeof cores, &cores);
+  t_aside = sched_setaffinity(0, sizeof cores, &cores) == 0;
 #else
   (void)cpu;
 #endif
   return true;
+}
+
+// The same from the caller's side, for a helper that sleeps and is about to be woken.
+void keep_off(int cpu, const std::atomic<int>* helpers, int64_t count) {
+#ifdef __linux__
+  cpu_set_t cores;
+  if (cpu < 0 || sched_getaffinity(getpid(), sizeof cores, &cores) != 0) return;
+  CPU_CLR(size_t(cpu), &cores);
+  if (CPU_COUNT(&cores) == 0) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const int thread = helpers[i].load(std::memory_order_relaxed);
+    if (thread > 0) sched_setaffinity(thread, sizeof cores, &cores);
+  }
+#else
+  (void)cpu; (void)helpers; (void)count;
+#endif
+}
+
+// All cores again, before a sleep: the next caller may be on any of them.
+void step_back() {
+#ifdef __linux__
+  cpu_set_t cores;
+  if (t_aside && sched_getaffinity(getpid(), sizeof cores, &cores) == 0) sched_setaffinity(0, sizeof cores, &cores);
+#endif
+  t_aside = false;
 }
 
 inline void relax() {
@@ -83,6 +111,7 @@ inline void relax() {
 }
 
 constexpr int kSlots = 16;
+constexpr int64_t kPlaced = 8;      // helpers that a caller keeps off its core; with more, some core is idle anyway
 constexpr auto kSpin = std::chrono::microseconds(80);    // longer than the gap between two steps of a network
 
 class Pool {
@@ -117,7 +146,13 @@ class Pool {
     std::lock_guard<std::mutex> lock(mutex_);
     while (workers_.load() < count) {
       try {
-        std::thread([this] { help(); }).detach();
+        const int64_t number = workers_.load();
+        std::thread([this, number] {
+#ifdef __linux__
+          if (number < kPlaced) threads_[number].store(int(syscall(SYS_gettid)));
+#endif
+          help();
+        }).detach();
       } catch (const std::exception&) {
         break;      // the system gives no more threads
       }
@@ -136,6 +171,7 @@ class Pool {
   void wake() {
     epoch_.fetch_add(1);
     if (sleepers_.load() == 0) return;
+    keep_off(current_cpu(), threads_, workers_.load() < kPlaced ? workers_.load() : kPlaced);
     { std::lock_guard<std::mutex> lock(mutex_); }
     condition_.notify_all();
   }
@@ -171,6 +207,7 @@ class Pool {
         for (int i = 0; i < 16; ++i) relax();
         continue;
       }
+      step_back();
       std::unique_lock<std::mutex> lock(mutex_);
       sleepers_.fetch_add(1);
       condition_.wait(lock, [&] { return epoch_.load() != seen; });
@@ -182,6 +219,7 @@ class Pool {
   Slot slots_[kSlots];
   std::atomic<uint64_t> epoch_{0};
   std::atomic<int64_t> workers_{0}, sleepers_{0};
+  std::atomic<int> threads_[kPlaced] = {};      // of the first helpers, as the system numbers them
   int64_t cores_;
   std::mutex mutex_;
   std::condition_variable condition_;
