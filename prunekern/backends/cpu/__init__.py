@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,12 +62,12 @@ class CpuBackend:
                             self.options.dtype)
         mode = "off" if hasty else self.options.tuning
 
+        whole = Job(program, signature, settings, COMPILERS, self._packs_of(program))
+
         def part(batch: int) -> CpuPlacement:
-            own = signature if batch == signature.batch else resized(program, signature, batch)
-            job = Job(program, own, settings, COMPILERS, self._packs_of(program))
+            job = whole if batch == signature.batch else replace(whole, signature=resized(program, signature, batch))
             tuning = tune(job, mode)
             return job.at(tuning.choices, tuning.slices)
-        whole = Job(program, signature, settings, COMPILERS, self._packs_of(program))
         placements = [part(batch) for batch in parts(whole)]
         return placements[0] if len(placements) == 1 else PartedPlacement(program, signature, placements)
 

@@ -233,16 +233,20 @@ class CpuPlacement:
         """Of one call."""
         return self.settings.threads
 
-    def step_seconds(self, seconds: float, repeats: int) -> dict[str, float]:
-        """Least seconds of every native step for the whole batch, as the engine's own clock has them."""
+    def least(self, seconds: float, rounds: int) -> dict[str, float]:
+        """Step -> least nanoseconds of its native ops in one slice, of so many rounds and seconds at least."""
         call, least = self.timer(), list[int]()
         deadline, done = time.perf_counter() + seconds, 0
-        while done < repeats or time.perf_counter() < deadline:
+        while done < rounds or time.perf_counter() < deadline:
             now = call()
             least = list(map(min, least, now)) if least else now
             done += 1
+        return {step: sum(least[a:b]) for step, (a, b) in self.ranges().items()}
+
+    def step_seconds(self, seconds: float, repeats: int) -> dict[str, float]:
+        """Least seconds of every native step for the whole batch, as the engine's own clock has them."""
         turns = self.slices / min(self.slices, self.threads)        # slices run side by side, one on each thread
-        return {step: turns * sum(least[a:b]) / 1e9 for step, (a, b) in self.ranges().items()
+        return {step: turns * each / 1e9 for step, each in self.least(seconds, repeats).items()
                 if step not in self.builder.foreign}
 
     # ---- step by step --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ class Job:
             return CpuPlacement(self.program, self.signature, settings, self.compilers, self.packs, slices)
         signature = resized(self.program, self.signature, batch)
         return CpuPlacement(self.program, signature, replace(settings, threads=1), self.compilers, self.packs)
+
+    @cached_property
+    def sample_bytes(self) -> int | None:
+        """Bytes of the arena of one sample, where the batch may be cut: samples do not meet, and all steps are the
+        engine's. None where it stays whole."""
+        if self.signature.batch == 1 or not independent(self.program):
+            return None
+        one = self.at({}, batch=1)
+        return None if one.builder.foreign else max(1, one.arena.size)
 
 
 def tune(job: Job, mode: str) -> Tuning:
@@ -142,20 +152,10 @@ def divisors(batch: int) -> list[int]:
     return [n for n in range(1, batch + 1) if batch % n == 0]
 
 
-def _sliceable(job: Job) -> CpuPlacement | None:
-    """A placement for one sample, where the batch may be cut: samples do not meet, and all steps are the engine's."""
-    if job.signature.batch == 1 or not independent(job.program):
-        return None
-    one = job.at({}, batch=1)
-    return None if one.builder.foreign else one
-
-
 def _wanted(job: Job, arena: int = SLICE_BYTES) -> int:
     """Samples whose arena takes so many bytes, and a slice for each thread at least; all, if the batch stays whole."""
-    one, batch = _sliceable(job), job.signature.batch
-    if one is None:
-        return batch
-    return max(1, min(arena // max(1, one.arena.size), batch // job.settings.threads))
+    each, batch = job.sample_bytes, job.signature.batch
+    return batch if each is None else max(1, min(arena // each, batch // job.settings.threads))
 
 
 def _guess_slices(job: Job) -> int:
@@ -194,13 +194,13 @@ class Tuner:
         small = max(n for n in divisors(batch) if n <= _wanted(self.job))
         sizes = {batch // guess.slices, small}
         whole = [n for n in divisors(batch) if n % LANES == 0 and n <= MOST * LANES]
-        if whole and _sliceable(self.job) is not None:
+        if whole and self.job.sample_bytes is not None:
             sizes.add(whole[0])                      # images fill the registers
         found = {size: self._algorithms(size) for size in sizes}
         threads = self.job.settings.threads          # slices run side by side
         size = min(found, key=lambda n: found[n][1] / (threads if n < batch else 1))
         choices = found[size][0]
-        if _sliceable(self.job) is not None:
+        if self.job.sample_bytes is not None:
             size = self._size(choices, size)
         self.job.packs.clear()                       # of variants that nobody runs
         self.job.packs.update(kept)
@@ -245,15 +245,8 @@ class Tuner:
         return min(fitting, key=fitting.__getitem__)
 
     def _per_step(self, placement: CpuPlacement) -> dict[str, float]:
-        """Least seconds of every step, run in place."""
-        call = placement.timer()
-        least: list[int] = []
-        deadline, rounds = time.perf_counter() + SECONDS[self.mode], 0
-        while rounds < ROUNDS[self.mode] or time.perf_counter() < deadline:
-            now = call()
-            least = now if not least else list(map(min, least, now))
-            rounds += 1
-        return {step: sum(least[a:b]) for step, (a, b) in placement.ranges().items()}
+        """Least nanoseconds of every step, run in place."""
+        return placement.least(SECONDS[self.mode], ROUNDS[self.mode])
 
     def _totals(self, placements: Mapping[Any, CpuPlacement]) -> dict[Any, float]:
         """Least seconds of whole runs per sample, taking turns."""
