@@ -69,6 +69,28 @@ class Placement(Protocol):
         """A call ``(x, out=None)`` past all checks that gives None for what it is not made for; None: there is none."""
 
 
+class Gather:
+    """An Observe that takes the parts of a batch, and hands on what a whole batch would have shown."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._values: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def note(self, step: Step, outputs: tuple[Tensor, ...], seconds: float) -> None:
+        """One part, in the order of the batch."""
+        self._seconds[step.name] = self._seconds.get(step.name, 0.0) + seconds
+        self._values.setdefault(step.name, []).append(tuple(value.clone() for value in outputs))
+
+    def deliver(self, steps: Sequence[Step], observe: Observe) -> None:
+        """Every step once: values of samples side by side, others once; none where a part did not have them."""
+        for step in steps:
+            found = self._values[step.name]
+            there = all(len(each) == len(step.outputs) for each in found)
+            whole = tuple(torch.cat(parts) if len(parts) > 1 and slot.shape and slot.shape[0].scale else parts[0]
+                          for slot, parts in zip(step.outputs, zip(*found, strict=True), strict=True)) if there else ()
+            observe(step, whole, self._seconds[step.name])
+
+
 class Backend(Protocol):
     """Makes Placements. ``devices`` are the device types it runs on."""
 

@@ -84,3 +84,9 @@ def _second_name(path: Path) -> Path | None:
     except OSError:                     # file systems without hard links
         shutil.copy2(path, spare)
     return spare
+
+
+def cache_folder(name: str) -> Path:
+    """Where fetched files are kept: `~/.cache/prunekern/<name>`, or the same below `$XDG_CACHE_HOME`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "prunekern" / name

@@ -4,9 +4,10 @@
 shows where it would look; `fetch(name)` fills the cache.
 """
 
+from prunekern.core.files import cache_folder
 from prunekern.data.catalog import CATALOG
 from prunekern.data.dataset import Batches, Dataset, Pair, batches, loader, stratified
-from prunekern.data.locate import cache_folder, describe, fetch, load
+from prunekern.data.locate import describe, fetch, load
 
 DATASETS = tuple(CATALOG)
 """The names `load` knows."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunekern.core.files import write_atomically
+from prunekern.core.files import cache_folder, write_atomically
 from prunekern.data import sources
 from prunekern.data.catalog import Spec, spec
 from prunekern.data.dataset import Dataset
@@ -26,12 +26,6 @@ class Place:
     title: str
     folder: Path
     named: bool = False
-
-
-def cache_folder(name: str) -> Path:
-    """Where fetched files are kept: `~/.cache/prunekern/<name>`, or the same below `$XDG_CACHE_HOME`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prunekern" / name
 
 
 def places(entry: Spec, root: Root = None) -> Iterator[Place]:

@@ -22,8 +22,7 @@ from prunekern.core.program import Step
 @dataclass(frozen=True)
 class Algorithm:
     """A way to run a `conv` Step. form: of its output; of its input too unless ``reads`` says otherwise. takes: why it
-    cannot run a geometry, or None. error: its row in ``lower/tolerance.py``. tuned: whether the tuner tries it (else it
-    runs only where it is asked for)."""
+    cannot run a geometry, or None. error: its row in ``lower/tolerance.py``."""
 
     name: str
     form: Form
@@ -31,7 +30,6 @@ class Algorithm:
     emit: Callable[[Builder, Step, Geometry], None]
     halo: Callable[[Geometry], Halo] = Geometry.halo
     error: str = "direct"
-    tuned: bool = True
     reads: Form | None = None
 
 
@@ -66,10 +64,6 @@ def algorithms(dtype: str = "fp32") -> dict[str, Algorithm]:
     """Every way to run a convolution, by name; the last resort first. dtype: of products, as a user allows it."""
     rounding = (BF16, BF16_BANDS) if dtype == "bf16" else ()
     return {each.name: each for each in (GEMM, IM2COL, DEPTHWISE, BANDS, *WINOGRAD.values(), *PLANAR, *rounding)}
-
-
-def candidates(geometry: Geometry) -> list[Algorithm]:
-    return [each for each in algorithms().values() if each.takes(geometry) is None]
 
 
 FEW_TILES = 8           # of Winograd: below, its weights (4 times the layer's) take longer to read than it saves

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prunekern.backends.base import Observe, Signature
+from prunekern.backends.base import Gather, Observe, Signature
 from prunekern.backends.cpu.placement import CpuPlacement
-from prunekern.core.program import Program, Step
+from prunekern.core.program import Program
 from prunekern.lower.arena import Arena
 
 
@@ -29,8 +29,11 @@ class PartedPlacement:
                    zip(self._shapes, self.program.output_slots, strict=True)]
         if observe is None:
             self.run_into(inputs, outputs)
-        else:
-            self._observed(inputs, outputs, observe)
+            return outputs
+        gather = Gather()
+        for part, xs, ys in self._cut(inputs, outputs):
+            part.run_into(xs, ys, gather.note)
+        gather.deliver(self.program.steps, observe)
         return outputs
 
     def run_into(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -59,19 +62,3 @@ class PartedPlacement:
             rows = slice(start, start + part.signature.batch)
             start = rows.stop
             yield part, [x[rows] for x in inputs], [y[rows] for y in outputs]
-
-    def _observed(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], observe: Observe) -> None:
-        seconds: dict[str, float] = {}
-        values: dict[str, list[tuple[Tensor, ...]]] = {}
-
-        def note(step: Step, found: tuple[Tensor, ...], time: float) -> None:
-            seconds[step.name] = seconds.get(step.name, 0.0) + time
-            values.setdefault(step.name, []).append(tuple(value.clone() for value in found))
-        for part, xs, ys in self._cut(inputs, outputs):
-            part.run_into(xs, ys, note)
-        for step in self.program.steps:
-            found = values[step.name]
-            there = all(len(each) == len(step.outputs) for each in found)       # a part may not have it in memory
-            whole = tuple(torch.cat(each) if slot.shape and slot.shape[0].scale else each[0]
-                          for slot, each in zip(step.outputs, zip(*found, strict=True), strict=True)) if there else ()
-            observe(step, whole, seconds[step.name])

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prunekern.backends.base import Observe, Placement, Signature
+from prunekern.backends.base import Gather, Observe, Placement, Signature
 from prunekern.backends.cpu.builder import Builder, Foreign, Key
 from prunekern.backends.cpu.layout import Compiler, Settings
 from prunekern.backends.cpu.native import NativeOp, Network, Recipe, advise_huge
@@ -252,22 +252,11 @@ class CpuPlacement:
     # ---- step by step --------------------------------------------------------------------------------------------
 
     def _observed(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], observe: Observe) -> None:
-        seconds: dict[str, float] = {}
-        found: dict[str, list[tuple[Tensor, ...]]] = {}
-
-        def note(step: Step, values: tuple[Tensor, ...], time: float) -> None:
-            seconds[step.name] = seconds.get(step.name, 0.0) + time
-            found.setdefault(step.name, []).append(tuple(value.clone() for value in values))
+        gather = Gather()
         for number in range(self.slices):
             self._one_slice([x.chunk(self.slices)[number] if self.slices > 1 else x for x in inputs],
-                            [y.chunk(self.slices)[number] if self.slices > 1 else y for y in outputs], note)
-        for step in self.program.steps:
-            if not self._in_memory(step):
-                observe(step, (), seconds[step.name])
-                continue
-            whole = tuple(torch.cat(parts) if self.slices > 1 and parts[0].dim() and slot.shape[0].scale else parts[0]
-                          for slot, parts in zip(step.outputs, zip(*found[step.name], strict=True), strict=True))
-            observe(step, whole, seconds[step.name])
+                            [y.chunk(self.slices)[number] if self.slices > 1 else y for y in outputs], gather.note)
+        gather.deliver(self.program.steps, observe)
 
     def _in_memory(self, step: Step) -> bool:
         """Whether a step's outputs ever are: not if another step's op makes more of them right away."""

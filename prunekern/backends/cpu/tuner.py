@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -33,7 +32,7 @@ from prunekern.backends.cpu.native import extension
 from prunekern.backends.cpu.place import Form
 from prunekern.backends.cpu.placement import CpuPlacement
 from prunekern.backends.reference.slices import independent, resized
-from prunekern.core.files import write_text
+from prunekern.core.files import cache_folder, write_text
 from prunekern.core.program import Program
 from prunekern.errors import PrunekernError
 from prunekern.lower.tolerance import error
@@ -53,12 +52,10 @@ SLICE_BYTES = 1 << 20                         # of arena that a slice should tak
 
 @dataclass(frozen=True)
 class Tuning:
-    """choices: step name (on disk: which convolution it is) -> algorithm. slices: of the batch. measured: where it
-    comes from, for people."""
+    """choices: step name (on disk: which convolution it is) -> algorithm. slices: of the batch."""
 
     choices: Mapping[str, str] = field(default_factory=dict)
     slices: int = 1
-    measured: str = "guessed"
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ def _tunable(job: Job, batch: int) -> dict[str, list[str]]:
     for step in job.program.steps:
         if step.op == "conv" and step.name not in builder.foreign:
             geometry = Geometry.of(builder, step)
-            found[step.name] = [a.name for a in known if a.tuned and a.takes(geometry) is None]
+            found[step.name] = [a.name for a in known if a.takes(geometry) is None]
     return found
 
 
@@ -205,7 +202,7 @@ class Tuner:
         self.job.packs.clear()                       # of variants that nobody runs
         self.job.packs.update(kept)
         numbers = {step.name: str(i) for i, step in enumerate(s for s in self.job.program.steps if s.op == "conv")}
-        return Tuning({numbers[step]: name for step, name in choices.items()}, batch // size, "measured")
+        return Tuning({numbers[step]: name for step, name in choices.items()}, batch // size)
 
     def _algorithms(self, batch: int) -> tuple[dict[str, str], float]:
         """The fastest algorithm of every convolution in slices of this size, and the seconds per sample then."""
@@ -313,8 +310,7 @@ class Cache:
     """Tunings by key, one small file each; what cannot be read or written is measured again."""
 
     def __init__(self) -> None:
-        base = os.environ.get("XDG_CACHE_HOME")
-        self.folder = (Path(base) if base else Path.home() / ".cache") / "prunekern" / "tune"
+        self.folder = cache_folder("tune")
 
     def get(self, key: str) -> Tuning | None:
         try:

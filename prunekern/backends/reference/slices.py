@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prunekern.backends.base import Observe, Signature
+from prunekern.backends.base import Gather, Observe, Signature
 from prunekern.backends.reference.engine import Kernels, ReferencePlacement, copy_into
 from prunekern.core.graph import Dim
 from prunekern.core.program import Program, Slot, Step
@@ -94,23 +94,15 @@ class SlicedPlacement:
         return self._main.arena
 
     def run(self, inputs: Sequence[Tensor], observe: Observe | None = None) -> list[Tensor]:
-        seconds: dict[str, float] = {}
-        values: dict[str, list[tuple[Tensor, ...]]] = {}
-
-        def note(step: Step, outputs: tuple[Tensor, ...], time: float) -> None:
-            seconds[step.name] = seconds.get(step.name, 0.0) + time
-            values.setdefault(step.name, []).append(tuple(value.clone() for value in outputs))
+        gather = Gather()
         results: list[list[Tensor]] = []
         for rows in self._slices:
             inner = self._inner[rows.stop - rows.start]
-            results.append(inner.run([x[rows] for x in inputs], None if observe is None else note))
+            results.append(inner.run([x[rows] for x in inputs], None if observe is None else gather.note))
         with torch.no_grad():
             outputs = [torch.cat(parts) for parts in zip(*results, strict=True)]
             if observe is not None:
-                for step in self.program.steps:
-                    whole = tuple(torch.cat(parts) if _is_batched(slot) else parts[0] for slot, parts in
-                                  zip(step.outputs, zip(*values[step.name], strict=True), strict=True))
-                    observe(step, whole, seconds[step.name])
+                gather.deliver(self.program.steps, observe)
         return outputs
 
     def direct(self) -> None:
