@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -19,6 +20,7 @@ from prunekern.core.graph import Graph, Shape
 FIXED = 0
 Plane = Tensor
 Planes = tuple[Plane, ...]
+Operand = tuple[Iterable[Plane], str, Shape]     # planes, a letter for each axis, sizes
 
 
 def varying(plane: Plane) -> frozenset[int]:
@@ -61,11 +63,26 @@ class Frozen:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Site:
+    """A product of two activations at which channels could leave by rows (heads) or by columns (widths).
+
+    table: labels [rows, columns], the rows being an axis that both activations have and the result keeps.
+    """
+
+    node: fx.Node
+    table: Tensor
+
+
 class Tape:
     """What rules write to while a graph is walked in order. Not used after the walk."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything, for another walk."""
         self.count = 1
         self.edges: list[Tensor] = []
         self.frozen: list[Frozen] = []
@@ -76,6 +93,9 @@ class Tape:
         self.produced: dict[tuple[str, int], None] = {}
         self.consumed: dict[tuple[str, int], None] = {}
         self.masked: dict[fx.Node, list[fx.Node]] = {}
+        self.lookups: dict[str, Tensor] = {}
+        self.sites: list[Site] = []
+        self.made: list[tuple[int, int]] = []
         self.memory: dict[fx.Node, Any] = {}
 
     # ---- reading -------------------------------------------------------------------------------------------
@@ -96,6 +116,16 @@ class Tape:
         labels = torch.arange(self.count, self.count + count)
         self.count += count
         return labels
+
+    def free(self, count: int) -> Tensor:
+        """Labels of positions that an operator makes: they belong to nobody and leave with what they meet."""
+        labels = self.fresh(count)
+        self.made.append((int(labels[0]), self.count))
+        return labels
+
+    def is_free(self, plane: Plane) -> bool:
+        label = int(compact(plane).reshape(-1)[0])
+        return any(first <= label < end for first, end in self.made)
 
     def unify(self, left: Tensor, right: Tensor) -> None:
         """The two labels at each position are one channel. Shapes broadcast."""
@@ -128,8 +158,7 @@ class Tape:
 
     def settle(self, node: fx.Node, planes: Iterable[Plane]) -> Planes:
         kept = []
-        for raw in planes:
-            plane = normalise(raw)
+        for plane in self._without_copies(node, [normalise(raw) for raw in planes]):
             live = varying(plane)
             if not live:
                 self.freeze(node, plane)
@@ -138,6 +167,18 @@ class Tape:
                 self.joint.append(compact(plane).squeeze())
             kept.append(plane)
         return tuple(kept)
+
+    def _without_copies(self, node: fx.Node, planes: list[Plane]) -> list[Plane]:
+        """Copies that an ``expand`` made of channels (key heads for groups of query heads) stay: the channels
+        that they are copies of may go."""
+        own = [plane for plane in planes if not (varying(plane) and self.is_free(plane))]
+        copies = [plane for plane in planes if all(plane is not other for other in own)]
+        for plane in copies:
+            if any(varying(plane) & varying(other) for other in own):
+                self.freeze(node, plane)
+            else:
+                own.append(plane)
+        return own
 
     # ---- what rules are made of ----------------------------------------------------------------------------
 
@@ -153,12 +194,67 @@ class Tape:
         if len(hits) > 1:
             self.freeze_planes(node, tuple(hits), "two kinds of channels share the mixed axis")
             return None, rest
-        plane = hits[0]
-        vector = compact(plane, (axis,))
-        for other in varying(plane) - {axis}:
-            vector = vector.narrow(other, 0, 1)
-        self.unify(plane, vector)
-        return vector.reshape(-1), rest
+        vector = self._uniform(hits[0], varying(hits[0]) - {axis})
+        return compact(vector, (axis,)).reshape(-1), rest
+
+    def across(self, node: fx.Node, planes: Planes, axes: Iterable[int], reason: str) -> list[Plane]:
+        """The planes that pass an operator which looks at all positions of some axes at once.
+
+        What varies along these axes alone stays; what varies elsewhere, too, leaves as whole rows.
+        """
+        looked = frozenset(axes)
+        passing = []
+        for plane in planes:
+            live = varying(plane)
+            if live & looked and live <= looked:
+                self.freeze(node, plane, reason)
+                continue
+            passing.append(self._uniform(plane, live & looked))
+        return passing
+
+    def contract(self, node: fx.Node, operands: Sequence[Operand], out: str) -> Planes:
+        """Multiply tensors, then sum: an einsum. Gives the planes of the output, whose axes are the letters ``out``.
+
+        The product is elementwise in the space of all letters, so that what meets there runs together; the letters
+        that ``out`` lacks are then summed over. A plane along an axis that operands share (heads) and along another
+        one (widths) gives up the shared one here: the same widths are kept in every head.
+        """
+        letters = out + "".join(dict.fromkeys(x for _, term, _ in operands for x in term if x not in out))
+        shared = {x for x in out if sum(x in term for _, term, _ in operands) > 1}
+        pairs: list[tuple[list[Plane], Shape]] = []
+        full = [1] * len(letters)
+        for planes, term, sizes in operands:
+            order = [term.index(x) for x in letters if x in term]
+            where = tuple(slice(None) if x in term else None for x in letters)
+            shape = tuple(sizes[term.index(x)] if x in term else 1 for x in letters)
+            full = [max(pair) for pair in zip(full, shape, strict=True)]
+            pairs.append(([self._columns(node, plane, term, shared).permute(order)[where] for plane in planes], shape))
+        summed = frozenset(range(len(out), len(letters)))
+        passing = []
+        for plane in self.combine(node, pairs, tuple(full)):
+            if varying(plane) & summed:
+                self._uniform(plane, varying(plane) - summed)
+            else:
+                passing.append(plane[(..., *[0] * len(summed))])
+        return tuple(passing)
+
+    def _columns(self, node: fx.Node, plane: Plane, term: str, shared: set[str]) -> Plane:
+        live = varying(plane)
+        rows = [axis for axis in live if term[axis] in shared]
+        if not rows or len(rows) == len(live):
+            return plane
+        columns = sorted(live - set(rows))
+        small = compact(plane).permute(*rows, *columns, *(a for a in range(plane.dim()) if a not in live))
+        self.sites.append(Site(node, small.reshape(-1, int(np.prod([plane.shape[a] for a in columns])))))
+        return self._uniform(plane, set(rows))
+
+    def _uniform(self, plane: Plane, axes: Iterable[int]) -> Plane:
+        """The plane with all its positions along some axes running together."""
+        row = plane
+        for axis in axes:
+            row = row.narrow(axis, 0, 1)
+        self.unify(plane, row)
+        return row.expand(plane.shape)
 
     def consume(self, node: fx.Node, arg: fx.Node, axis: int) -> tuple[Tensor | None, Planes]:
         """Like ``along``, for a contraction: removed channels count as zeros at this input."""
@@ -185,6 +281,15 @@ class Tape:
         name = self.graph.fqn(arg)
         if name is not None:
             where[name, axis] = None
+
+    def lookup(self, node: fx.Node, name: str, labels: Tensor) -> None:
+        """A constant tensor of integers names positions among these channels; it is renumbered when they go."""
+        known = self.lookups.setdefault(name, labels)
+        if known.shape == labels.shape:
+            self.unify(known, labels)
+        else:
+            for vector in (known, labels):
+                self.freeze(node, vector, "one index picks among different numbers of channels")
 
     def tie(self, node: fx.Node, left: Tensor | None, right: Tensor | None) -> None:
         """Two axes that run together: unify them; an axis without labels always stays, and so does its partner."""
@@ -219,14 +324,19 @@ class Tape:
                 self.unify(result[i], plane)
             met.update(partners)
             if not partners:
-                if varying(plane) & covered:   # the other operand always has these channels
-                    self.freeze(node, plane)
-                else:
-                    extra.append(plane)
-        for i, other in enumerate(result):
-            if i not in met and varying(other) & full:
-                self.freeze(node, other)
-        return result + extra
+                extra += self._beside(node, plane, covered)
+        kept = [[other] if i in met else self._beside(node, other, full) for i, other in enumerate(result)]
+        return [plane for planes in kept for plane in planes] + extra
+
+    def _beside(self, node: fx.Node, plane: Plane, always: frozenset[int]) -> list[Plane]:
+        """What is left of a plane next to an operand that always has all positions along some axes."""
+        hit = varying(plane) & always
+        if not hit:
+            return [plane]
+        if hit == varying(plane):
+            self.freeze(node, plane)
+            return []
+        return [self._uniform(plane, hit)]
 
     def execute(self, node: fx.Node, plane: Plane, source: fx.Node) -> Any:
         """Run the operator itself on a label plane put in the place of one tensor argument."""

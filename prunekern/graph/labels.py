@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from prunekern.core.graph import Dim, Graph, place
+from prunekern.core.graph import Dim, Graph, owner, place
 from prunekern.core.labels import FIXED, Frozen, Tape, compact, spread
+from prunekern.core.policy import DEFAULT, Policy
 from prunekern.core.rule import Registry
+from prunekern.graph.heads import candidates, held, merged
 
 Live = tuple[tuple[int, Tensor], ...]
 
@@ -29,6 +32,7 @@ class Labels:
     produced: the parameter axes that contractions issue channels from ("out" axes), in order of the graph.
     consumed: the parameter axes that contractions read channels with ("in" axes).
     balanced: groups [rows, n]; after any choice every row keeps equally many.
+    lookups:  constant tensor of integers -> groups of the channels that it picks from, by number.
     masked:   node -> the arguments at which removed channels count as zeros.
     frozen:   what stays because of an operator, and why.
     """
@@ -40,6 +44,7 @@ class Labels:
     produced: tuple[tuple[str, int], ...]
     consumed: frozenset[tuple[str, int]]
     balanced: tuple[Tensor, ...]
+    lookups: Mapping[str, Tensor]
     masked: Mapping[fx.Node, tuple[fx.Node, ...]]
     frozen: tuple[Frozen, ...]
 
@@ -91,34 +96,61 @@ def _alive(live: Live, size: int, axis: int, keep: Tensor) -> Tensor:
 def _shrunk(old: tuple[Dim, ...], live: Live, keep: Tensor) -> tuple[Dim, ...]:
     new = list(old)
     for axis in {axis for axis, _ in live}:
+        size = next(len(groups) for a, groups in live if a == axis)
+        count = int(_alive(live, size, axis, keep).sum())
         if not old[axis].scale:
-            new[axis] = Dim(0, int(_alive(live, old[axis].offset, axis, keep).sum()))
+            new[axis] = Dim(0, count)
+        elif not old[axis].offset:                 # a batch of heads, in one axis
+            new[axis] = Dim(old[axis].scale * count // size, 0)
     return tuple(new)
 
 
-def label(graph: Graph, registry: Registry, *, keep_outputs: bool = True, tape: Tape | None = None) -> Labels:
+def label(graph: Graph, registry: Registry, *, policy: Policy = DEFAULT, tape: Tape | None = None) -> Labels:
     """Label every channel of a graph. An operator without a rule freezes what reaches it and is named.
 
-    tape: one of the graph to write on, for callers that want to look at it afterwards.
+    policy: which kinds of channels may leave. tape: one of the graph to write on, for callers that want to look
+    at it afterwards.
     """
     tape = tape or Tape(graph)
-    unread = unread_parameters(graph)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            _state(tape, node)
-            if graph.fqn(node) in unread:
-                tape.freeze_planes(node, tape.planes(node))
-        elif node.op == "output":
-            for leaf in pytree.tree_leaves(list(node.args)):
-                if keep_outputs and isinstance(leaf, fx.Node):
-                    tape.freeze_planes(leaf, tape.planes(leaf), "")
-        else:
-            _step(tape, node, registry)
+    _walk(tape, registry, policy)
+    sites, first = candidates(tape, policy), dict(tape.axes)
+    count = tape.count
+    while sites:
+        tape.restart()
+        _walk(tape, registry, policy, merged(first, sites, count))
+        labels = _finish(tape)
+        stuck = [site for site in held(sites, first, labels.axes, count)
+                 if policy.attention_of(owner(site.node)[0]) == "auto"]
+        if not stuck:
+            return labels
+        sites = [site for site in sites if all(site is not other for other in stuck)]
+        if not sites:
+            tape.restart()
+            _walk(tape, registry, policy)
     return _finish(tape)
 
 
-def _state(tape: Tape, node: fx.Node) -> None:
-    """A parameter or buffer: fresh labels along each axis longer than one, once per tensor."""
+def _walk(tape: Tape, registry: Registry, policy: Policy,
+          heads: Mapping[tuple[str, int], Tensor] = MappingProxyType({})) -> None:
+    unread = unread_parameters(tape.graph)
+    for node in tape.graph.nodes:
+        if node.op == "placeholder":
+            _state(tape, node, heads)
+            if tape.graph.fqn(node) in unread:
+                tape.freeze_planes(node, tape.planes(node))
+        elif node.op == "output":
+            for leaf in pytree.tree_leaves(list(node.args)):
+                if not policy.outputs and isinstance(leaf, fx.Node):
+                    tape.freeze_planes(leaf, tape.planes(leaf), "")
+        else:
+            _step(tape, node, registry)
+
+
+def _state(tape: Tape, node: fx.Node, heads: Mapping[tuple[str, int], Tensor]) -> None:
+    """A parameter or buffer: fresh labels along each axis longer than one, once per tensor.
+
+    heads: axes on which several channels are one, with the index of the first of each.
+    """
     name = tape.graph.fqn(node)
     if name is None or not tape.graph.is_tensor(node):
         return
@@ -127,7 +159,8 @@ def _state(tape: Tape, node: fx.Node) -> None:
     for axis, size in enumerate(shape):
         if size > 1:
             if (name, axis) not in tape.axes:
-                tape.axes[name, axis] = tape.fresh(size)
+                labels = tape.fresh(size)
+                tape.axes[name, axis] = labels[heads[name, axis]] if (name, axis) in heads else labels
             planes.append(spread(tape.axes[name, axis], axis, shape))
     tape.memory[node] = tuple(planes)
 
@@ -168,6 +201,7 @@ def _finish(tape: Tape) -> Labels:
         live={node: _live_of(item, group) for node, item in tape.memory.items() if item},
         produced=tuple(tape.produced), consumed=frozenset(tape.consumed),
         balanced=tuple(group[table] for table in tape.balanced),
+        lookups={name: group[labels] for name, labels in tape.lookups.items()},
         masked={node: tuple(args) for node, args in tape.masked.items()}, frozen=tuple(tape.frozen))
 
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: counted exactly; the heads and widths that meet in it stay."""
+"""Scaled dot-product attention: its heads, or the widths inside them, are pruned."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from prunekern.core.builder import Builder
 from prunekern.core.graph import Shape, ShapeOf
-from prunekern.core.labels import Tape
-from prunekern.core.rule import OpRule, Sample, aten, numel
+from prunekern.core.labels import Plane, Tape, compact
+from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
+from prunekern.ops.contraction import BATCH
 from prunekern.ops.elementwise import sample
 
 
@@ -20,7 +21,10 @@ def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(OpRule):
-    """scaled_dot_product_attention(q [..., H, L, E], k [..., H, S, E], v [..., H, S, Ev])."""
+    """scaled_dot_product_attention(q [..., H, L, E], k [..., H, S, E], v [..., H, S, Ev]).
+
+    Whole heads leave, or widths: those of q and k together, those of v with the layer that reads the result.
+    """
 
     matches = aten("scaled_dot_product_attention")
     samples: ClassVar[tuple[Sample, ...]] = (
@@ -30,9 +34,35 @@ class Attention(OpRule):
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        for arg in node.all_input_nodes:
-            tape.freeze_planes(node, tape.planes(arg), "heads and positions meet in attention")
-        tape.give(node, ())
+        """Scores q k^T plus a mask, a softmax over what is attended to, and a product with v."""
+        query, key, value = node.args[:3]
+        tape.masked.setdefault(node, []).extend((query, key, value))  # type: ignore[arg-type]
+        q, k, v = (self._operand(node, tape, arg) for arg in (query, key, value))  # type: ignore[arg-type]
+        lead, wide = BATCH[:len(q[1]) - 2], BATCH[:len(k[1]) - 2]
+        scores = tape.contract(node, [(q[0], lead + "le", q[1]), (k[0], wide + "se", k[1])], lead + "ls")
+        shape = (*(max(pair) for pair in zip(q[1][:-2], k[1][:-2], strict=True)), q[1][-2], k[1][-2])
+        mask: Any = argument(node, 3, "attn_mask")
+        if isinstance(mask, fx.Node):
+            scores = tape.combine(node, [(scores, shape), (tape.planes(mask), tape.shape(mask))], shape)
+        weights = tape.across(node, scores, (len(shape) - 1,), "softmax runs across them")
+        tape.give(node, tape.contract(node, [(weights, lead + "ls", shape), (v[0], wide + "sf", v[1])], lead + "lf"))
+
+    def _operand(self, node: fx.Node, tape: Tape, arg: fx.Node) -> tuple[list[Plane], Shape]:
+        """Planes and shape of q, k or v; with ``enable_gqa`` each key head stands for several query heads."""
+        planes, shape = list(tape.planes(arg)), tape.shape(arg)
+        heads = tape.shape(node.args[0])[-3] if len(shape) > 2 else 1  # type: ignore[arg-type]
+        if argument(node, 7, "enable_gqa", False) and shape[-3] not in (1, heads):
+            axis, times = len(shape) - 3, heads // shape[-3]
+            shape = (*shape[:-3], heads, *shape[-2:])
+            planes = [compact(p, (axis,)).repeat_interleave(times, axis).expand(shape) for p in planes]
+        return planes, shape
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        """The scale that follows from the width is pinned to that of the original."""
+        old, new = (which(node.args[0])[-1] for which in (sizes.old, sizes.new))  # type: ignore[arg-type]
+        if old == new or argument(node, 6, "scale") is not None:
+            return None
+        return node.target, tuple(node.args[:6]), {**node.kwargs, "scale": old ** -0.5}
 
     def _sizes(self, node: fx.Node, shape: ShapeOf) -> tuple[Shape, Shape, Shape]:
         query, key, value = (shape(arg) for arg in node.args[:3])  # type: ignore[arg-type]

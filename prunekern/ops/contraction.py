@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -292,28 +293,51 @@ class Multiplied(nn.Module):
         return x @ self.weight
 
 
+BATCH = "ABCDEFGHIJ"          # letters of leading axes, aligned at the right
+
+
+def label_einsum(node: fx.Node, tape: Tape, args: Sequence[fx.Node], terms: Sequence[str], out: str) -> Planes:
+    """Label a product of tensors given by an einsum's letters; what is removed counts as zero at every operand.
+
+    Axes of weights count as issuing channels where their letter is in ``out``, else as reading them.
+    """
+    for arg, term in zip(args, terms, strict=True):
+        if tape.graph.fqn(arg) is None:
+            tape.masked.setdefault(node, []).append(arg)
+        for axis, letter in enumerate(term):
+            shared = sum(letter in other for other in terms) > 1
+            if letter not in out:
+                tape.read(node, arg, axis)
+            elif not shared:
+                tape.produce(node, arg, axis)
+    return tape.contract(node, [(tape.planes(arg), term, tape.shape(arg))
+                                for arg, term in zip(args, terms, strict=True)], out)
+
+
 class MatMul(OpRule):
-    """matmul and mm with a matrix on the right are linear layers. Of two activations, and bmm, addmm: counted
-    exactly; the channels that meet in it stay."""
+    """matmul, mm, bmm, addmm, baddbmm of weights or activations. What is contracted leaves on both sides."""
 
     matches = aten("matmul", "bmm", "mm", "addmm", "baddbmm")
     samples: ClassVar[tuple[Sample, ...]] = (
-        Sample(lambda: Pair(torch.matmul, "matmul"), ((2, 6, 5), (2, 5, 7)), prunable=False),
+        Sample(lambda: Pair(torch.matmul, "matmul"), ((2, 6, 5), (2, 5, 7))),
         Sample(lambda: Pair(torch.matmul, "matmul of heads"), ((2, 3, 6, 5), (2, 3, 5, 1)), prunable=False),
-        Sample(lambda: Pair(torch.bmm, "bmm"), ((2, 6, 13), (2, 13, 37)), prunable=False),
+        Sample(lambda: Pair(torch.bmm, "bmm"), ((2, 6, 13), (2, 13, 37))),
         Sample(lambda: Pair(torch.baddbmm, "baddbmm"), ((2, 6, 7), (2, 6, 5), (2, 5, 7)), prunable=False),
         Sample(lambda: Multiplied(6, 9), ((2, 6),), "matrix on the right"),
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        left, right = node.args[:2]
-        ranks = [len(tape.shape(arg)) for arg in (left, right)]  # type: ignore[arg-type]
-        if "add" not in str(node.target) and ranks[1] == 2 <= ranks[0]:
-            label_product(node, tape, left, right, 0)
-            return
-        for arg in node.all_input_nodes:
-            tape.freeze_planes(node, tape.planes(arg), "two activations are multiplied as matrices")
-        planes: Planes = ()
+        added = "add" in str(node.target)
+        left, right = node.args[1:3] if added else node.args[:2]
+        ranks = len(tape.shape(left)), len(tape.shape(right))  # type: ignore[arg-type]
+        lead = BATCH[:max(0, max(ranks) - 2)]
+        first = "k" if ranks[0] == 1 else lead[len(lead) - ranks[0] + 2:] + "mk"
+        second = "k" if ranks[1] == 1 else lead[len(lead) - ranks[1] + 2:] + "kn"
+        out = lead + ("m" if ranks[0] > 1 else "") + ("n" if ranks[1] > 1 else "")
+        planes = label_einsum(node, tape, (left, right), (first, second), out)  # type: ignore[arg-type]
+        if added:
+            shape, bias = tape.shape(node), node.args[0]
+            planes = tape.combine(node, [(planes, shape), (tape.planes(bias), tape.shape(bias))], shape)  # type: ignore[arg-type]
         tape.give(node, planes)
 
     def _operands(self, node: fx.Node, shape: ShapeOf) -> tuple[Shape, Shape]:

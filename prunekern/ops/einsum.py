@@ -1,4 +1,4 @@
-"""einsum: counted exactly for one and two operands; the channels that meet in it stay."""
+"""einsum: any product of weights and activations; counted exactly for one and two operands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import fx
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape
 from prunekern.core.rule import OpRule, Sample, aten, numel
+from prunekern.ops.contraction import label_einsum
 from prunekern.ops.elementwise import sample
 
 BMM = (("abc", "abd", "acd"), ("abc", "adc", "adb"))     # equations that fvcore has formulas for
@@ -20,19 +21,17 @@ class Einsum(OpRule):
 
     matches = aten("einsum.default")
     samples: ClassVar[tuple[Sample, ...]] = (
-        sample(lambda x, y: torch.einsum("bij,bjk->bik", x, y), "einsum as bmm", (2, 6, 5), (2, 5, 13),
-               prunable=False),
+        sample(lambda x, y: torch.einsum("bij,bjk->bik", x, y), "einsum as bmm", (2, 6, 5), (2, 5, 13)),
         sample(lambda x, y: torch.einsum("nchw, cd -> ndhw", x, y[0]), "einsum as 1x1 convolution",
-               (2, 6, 5, 7), (2, 6, 4), prunable=False),
+               (2, 6, 5, 7), (2, 6, 4)),
         sample(lambda x, y: torch.einsum("...ci,...cj->...ij", x, y), "einsum with an ellipsis",
-               (2, 6, 5), (2, 6, 3), prunable=False),
-        sample(lambda x: torch.einsum("bcij->bij", x), "einsum of one", (2, 6, 5, 5), prunable=False),
+               (2, 6, 5), (2, 6, 3)),
+        sample(lambda x: torch.einsum("bcij->bij", x), "einsum of one", (2, 6, 5, 5)),
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        for arg in node.all_input_nodes:
-            tape.freeze_planes(node, tape.planes(arg), "its channels are contracted by an equation")
-        tape.give(node, ())
+        terms, wanted, _ = self._terms(node, tape.shape)
+        tape.give(node, label_einsum(node, tape, node.args[1], terms, wanted))  # type: ignore[arg-type]
 
     def _terms(self, node: fx.Node, shape: ShapeOf) -> tuple[list[str], str, dict[str, int]]:
         """The index string of each operand and of the output, and the size of every index.

@@ -251,13 +251,7 @@ class Softmax(OpRule):
     def label(self, node: fx.Node, tape: Tape) -> None:
         x, axis = node.args[:2]
         axis %= len(tape.shape(node))  # type: ignore[operator]
-        passing = []
-        for plane in tape.planes(x):
-            if axis in varying(plane):
-                tape.freeze(node, plane, "softmax runs across these channels")
-            else:
-                passing.append(plane)
-        tape.give(node, passing)
+        tape.give(node, tape.across(node, tape.planes(x), (axis,), "softmax runs across these channels"))
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return 3 * numel(shape(node))

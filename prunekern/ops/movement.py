@@ -114,7 +114,12 @@ class View(Move):
             given = list(node.args[2])  # type: ignore[arg-type]
             wanted = new[axis:axis + len(given)]
             return node.target, (x, axis, _resized(given, wanted)), {}
-        return node.target, (node.args[0], _resized(list(node.args[1]), new)), {}  # type: ignore[arg-type]
+        given = _resized(list(node.args[1]), new)  # type: ignore[arg-type]
+        computed = [i for i, size in enumerate(given) if isinstance(size, fx.Node) and sizes.changed(node, i)]
+        if computed:             # batch times heads: what is left once every other size is known
+            given = [fresh if size == -1 else size for size, fresh in zip(given, new, strict=True)]
+            given[computed[0]] = -1
+        return node.target, (node.args[0], given), {}
 
 
 def _resized(given: list[Any], new: tuple[int | None, ...]) -> list[Any]:
@@ -142,7 +147,7 @@ class Expand(OpRule):
         for axis, size in enumerate(out):
             before = shape[axis - shift] if axis >= shift else 1
             if before == 1 and size > 1 and not dims[axis].scale:
-                planes.append(spread(tape.fresh(size), axis, out))
+                planes.append(spread(tape.free(size), axis, out))
         tape.give(node, planes)
 
     def _stretched(self, node: fx.Node, tape: Tape, plane: Plane, out: Shape) -> Plane:
@@ -189,20 +194,30 @@ class Concatenate(OpRule):
         shape = tape.shape(node)
         axis = argument(node, 1, "dim", 0) % len(shape)
         stacked = "stack" in str(node.target)
-        vectors, pairs = [], []
+        pieces, pairs = [], []
         for tensor in tensors:
             planes, size = tape.planes(tensor), tape.shape(tensor)
             if size == (0,):
                 continue
             if stacked:
                 planes, size = tuple(p.unsqueeze(axis) for p in planes), (*size[:axis], 1, *size[axis:])
-            vector, rest = tape.along(node, planes, axis)
-            vectors.append(torch.zeros(size[axis], dtype=torch.long) if vector is None else vector)
+            hits = [p for p in planes if axis in varying(p)]
+            if len(hits) > 1:
+                tape.freeze_planes(node, tuple(hits), "two kinds of channels share the joined axis")
+                hits = []
+            nobody = torch.zeros((1,) * len(size), dtype=torch.long).expand(size)
+            pieces.append(hits[0] if hits else nobody)
+            rest = [p for p in planes if axis not in varying(p)]
             pairs.append(([p.narrow(axis, 0, 1) for p in rest], (*size[:axis], 1, *size[axis + 1:])))
         merged = tape.combine(node, pairs, (*shape[:axis], 1, *shape[axis + 1:]))
-        planes = tuple(p.expand(shape) for p in merged)
-        joined = torch.cat(vectors)
-        tape.give(node, (*planes, spread(joined, axis, shape)) if bool(joined.any()) else planes)
+        tape.give(node, [*(p.expand(shape) for p in merged), *self._joined(pieces, axis, shape)])
+
+    def _joined(self, pieces: list[Plane], axis: int, shape: Shape) -> list[Plane]:
+        """The planes along the joined axis, one after the other; whatever else one varies along, the result does."""
+        live = {axis}.union(*(varying(piece) for piece in pieces))
+        small = [compact(piece, live) for piece in pieces]
+        joined = torch.cat(small, axis)
+        return [joined.expand(shape)] if bool(joined.any()) else []
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
         given: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
@@ -422,7 +437,7 @@ class Creation(OpRule):
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         shape, dims = tape.shape(node), tape.graph.dims[node.name]
-        tape.give(node, [spread(tape.fresh(size), axis, shape) for axis, size in enumerate(shape)
+        tape.give(node, [spread(tape.free(size), axis, shape) for axis, size in enumerate(shape)
                          if size > 1 and not dims[axis].scale])
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:

@@ -35,9 +35,17 @@ class BatchNorm(OpRule):
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x = node.args[0]
+        if self.own_statistics(node):
+            for plane in tape.planes(x):
+                if varying(plane) != {1}:
+                    tape.freeze(node, plane, "its positions are normalised")
         channels, _ = tape.along(node, tape.planes(x), 1)
         tie_vectors(node, tape, channels, tuple(node.args[1:5]))
         tape.give(node, tape.planes(x))
+
+    def own_statistics(self, node: fx.Node) -> bool:
+        """Whether a channel is normalised by the mean and variance of its own values in this call."""
+        return node.args[3] is None or bool(node.args[5])
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """One scale and one shift per element, the statistics being known."""
@@ -95,11 +103,8 @@ class InstanceNorm(BatchNorm):
         Sample(lambda: nn.InstanceNorm1d(6), ((2, 6, 9),)),
     )
 
-    def label(self, node: fx.Node, tape: Tape) -> None:
-        for plane in tape.planes(node.args[0]):
-            if varying(plane) != {1}:
-                tape.freeze(node, plane, "its positions are normalised")
-        super().label(node, tape)
+    def own_statistics(self, node: fx.Node) -> bool:
+        return True
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """Two for the statistics, three to apply them."""
@@ -173,16 +178,10 @@ class LayerNorm(OpRule):
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x, normalised = node.args[0], node.args[1]
-        first = len(tape.shape(x)) - len(normalised)  # type: ignore[arg-type]
-        passing = []
-        for plane in tape.planes(x):
-            if any(axis >= first for axis in varying(plane)):
-                tape.freeze(node, plane, ACROSS)
-            else:
-                passing.append(plane)
+        rank = len(tape.shape(x))  # type: ignore[arg-type]
         for vector in (argument(node, 2, "weight"), argument(node, 3, "bias")):
             tape.freeze_planes(node, tape.planes(vector))
-        tape.give(node, passing)
+        tape.give(node, tape.across(node, tape.planes(x), range(rank - len(normalised), rank), ACROSS))  # type: ignore[arg-type]
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """Two for the statistics, three to apply them."""

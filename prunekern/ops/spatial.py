@@ -280,18 +280,11 @@ class Reduction(OpRule):
         x: fx.Node = node.args[0]  # type: ignore[assignment]
         rank = len(tape.shape(x))
         axes = self.axes(node, rank)
-        exact = "aten.sum" in str(node.target)
-        if exact and any(axes & varying(p) for p in tape.planes(x)):
+        planes = tape.planes(x)
+        if "aten.sum" in str(node.target) and any(axes & varying(p) for p in planes):
             tape.masked.setdefault(node, []).append(x)
-        passing = []
-        for plane in tape.planes(x):
-            if not axes & varying(plane):
-                passing.append(plane)
-            elif not exact:
-                tape.freeze(node, plane, "it reduces across these channels")
-            elif len(varying(plane)) > 1:
-                tape.freeze(node, plane)
-        self._give(node, tape, passing, axes)
+            planes = tuple(p for p in planes if not varying(p) <= axes)
+        self._give(node, tape, tape.across(node, planes, axes, "it reduces across these channels"), axes)
 
     def _give(self, node: fx.Node, tape: Tape, passing: list[Tensor], axes: set[int]) -> None:
         several = isinstance(tape.graph.dims[node.name], list)

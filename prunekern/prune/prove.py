@@ -107,13 +107,32 @@ def masking(labels: Labels, keep: Tensor) -> Callable[[fx.Node, tuple[Any, ...]]
     def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if node not in masks:
             return values
-        new = list(values)
-        for position, arg in enumerate(node.args):
-            mask = masks[node].get(arg) if isinstance(arg, fx.Node) else None
-            if mask is not None:
-                new[position] = torch.where(mask.to(new[position].device), new[position], 0)
-        return tuple(new)
+
+        def masked(arg: fx.Node, value: Any) -> Any:
+            mask = masks[node].get(arg)
+            return value if mask is None else torch.where(fitted(mask, value), value, 0)
+        return replaced(node, values, masked)
     return before
+
+
+def replaced(node: fx.Node, values: tuple[Any, ...], new: Callable[[fx.Node, Any], Any]) -> tuple[Any, ...]:
+    """The values of a call's arguments with those of its tensors exchanged: ``new(argument, value)``."""
+    def walk(arg: Any, value: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            return new(arg, value)
+        if isinstance(arg, (list, tuple)):
+            return type(value)(walk(a, v) for a, v in zip(arg, value, strict=True))
+        return value
+    return tuple(walk(a, v) for a, v in zip(node.args, values, strict=True))
+
+
+def fitted(mask: Tensor, value: Tensor) -> Tensor:
+    """A mask made for the labels' batch, for a value of another: heads that share an axis with the batch repeat."""
+    times = [size // n if n > 1 else 1 for size, n in zip(value.shape, mask.shape, strict=True)]
+    for axis, (size, n) in enumerate(zip(value.shape, mask.shape, strict=True)):
+        if n > size:
+            mask = mask.narrow(axis, 0, size)
+    return (mask.repeat([max(t, 1) for t in times]) if max(times) > 1 else mask).to(value.device)
 
 
 def randomised(groups: Groups, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -166,14 +185,14 @@ def _teeth(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], reference: 
     labels = groups.labels
     switch = keep.to(torch.float64).requires_grad_(True)
 
+    def switched(node: fx.Node, arg: fx.Node, value: Any) -> Any:
+        if arg in labels.masked.get(node, ()):
+            for axis, index in labels.live.get(arg, ()):
+                value = value * switch[index].view([-1 if a == axis else 1 for a in range(value.dim())]).to(value)
+        return value
+
     def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        new = list(values)
-        for position, arg in enumerate(node.args):
-            if isinstance(arg, fx.Node) and arg in labels.masked.get(node, ()):
-                for axis, index in labels.live.get(arg, ()):
-                    view = [-1 if a == axis else 1 for a in range(new[position].dim())]
-                    new[position] = new[position] * switch[index].view(view).to(new[position])
-        return tuple(new)
+        return replaced(node, values, lambda arg, value: switched(node, arg, value))
     with torch.enable_grad():
         outputs = evaluate(groups.graph, twin, call.args, call.kwargs, before=before, out_of_place=True)
         total = torch.zeros((), dtype=torch.float64)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from prunekern.core.graph import Graph, owner
 from prunekern.core.rule import Registry, argument
 from prunekern.graph.labels import Labels
+from prunekern.prune.slice import cut_tensor
 
 aten = torch.ops.aten
 ORIGIN = "prunekern_origin"      # node.meta key: name of the traced node it stands for
@@ -82,6 +83,9 @@ class NewSizes:
     def new(self, node: fx.Node) -> Any:
         return _known(self.labels.dims(node, self.keep))
 
+    def changed(self, node: fx.Node, axis: int) -> bool:
+        return bool(self.labels.dims(node, self.keep)[axis] != self.labels.graph.dims[node.name][axis])
+
     def alive(self, node: fx.Node, axis: int) -> Tensor:
         return self.labels.alive(node, axis, self.keep)
 
@@ -98,7 +102,8 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
     a layer is one call of the graph) become part of the new one, not copies of them. layers=False: operators
     only, which is the form that can be written down as data (``prunekern.prune.portable``)."""
     graph = labels.graph
-    state = {**graph.tensors, **dict(modules.named_buffers()), **dict(modules.named_parameters())}
+    constants = {name: cut_tensor(labels, name, graph.tensors[name], keep) for name in graph.constants}
+    state = {**graph.tensors, **constants, **dict(modules.named_buffers()), **dict(modules.named_parameters())}
     flags = [(path, child.training) for path, child in modules.named_modules()]
     root = nn.Module()
     root.training = modules.training

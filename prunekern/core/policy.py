@@ -1,0 +1,48 @@
+"""What a user may say about which channels are candidates, before any of them is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from prunekern.errors import TargetError
+
+ATTENTION = ("auto", "heads", "widths")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which kinds of channels may leave.
+
+    attention: 'heads' removes whole attention heads, 'widths' the same positions of every head (queries with keys,
+    values with what reads them), 'auto' heads wherever there are several and nothing holds them. A mapping gives
+    a kind per layer: {glob of module paths: kind}; the first match counts, others are 'auto'.
+    outputs: the features of the network's outputs may leave (for backbones); ``Pruned.outputs`` says which stay.
+    inexact: channels that are normalised or averaged across may leave (the residual stream of a transformer).
+    The result then equals the original with these operators restricted to the channels that remain, which is not
+    what zeroing them would give: fine-tune it.
+    """
+
+    attention: str | Mapping[str, str] = "auto"
+    outputs: bool = False
+    inexact: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = self.attention.values() if isinstance(self.attention, Mapping) else [self.attention]
+        for kind in kinds:
+            if kind not in ATTENTION:
+                raise TargetError(f"attention={kind!r} is none of {', '.join(map(repr, ATTENTION))}.")
+
+    def attention_of(self, path: str) -> str:
+        """The kind for the module at a path."""
+        if isinstance(self.attention, str):
+            return self.attention
+        return next((kind for glob, kind in self.attention.items() if fnmatchcase(path, glob)), "auto")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+DEFAULT = Policy()
