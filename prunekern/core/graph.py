@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx import Node
 
 Shape = tuple[int, ...]
@@ -46,6 +46,8 @@ class Graph:
     constants: names in ``tensors`` that belong to the trace, not to the module.
     dims:     node name -> its shape (tensors), list of shapes (several tensors) or value (sizes).
     batch:    the batch size that labels are computed for; None when the trace is fixed to its example.
+    module:   the network that ``tensors`` belong to: the given one without wrappers or, where computed weights are
+              baked, its parts. Slicing copies it.
     """
 
     fx: fx.Graph
@@ -63,6 +65,7 @@ class Graph:
     batch: int
     example_batch: int
     notes: tuple[str, ...] = ()
+    module: nn.Module | None = field(default=None, repr=False)
     nodes: tuple[Node, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from prunekern.core.rule import Registry
 from prunekern.errors import PlanError
 from prunekern.graph.groups import Groups
 from prunekern.graph.labels import Labels
+from prunekern.graph.parts import copied
 
 
 def plan_of(groups: Groups, keep: Tensor, **details: Any) -> Plan:
@@ -118,13 +118,17 @@ def sliced_tensors(groups: Groups, keep: Tensor, tensors: Mapping[str, Tensor]) 
     """The state after slicing, by canonical name; tensors that stay whole are the given ones."""
     labels = groups.labels
     result = dict(tensors)
-    for name in {name for name, _ in labels.axes}:
+    for name in {name for name, _ in labels.axes} | labels.lookups.keys():
         if name in result:
-            result[name] = _sliced(labels, name, result[name], keep)
+            result[name] = cut_tensor(labels, name, result[name], keep)
     return result
 
 
-def _sliced(labels: Labels, name: str, tensor: Tensor, keep: Tensor) -> Tensor:
+def cut_tensor(labels: Labels, name: str, tensor: Tensor, keep: Tensor) -> Tensor:
+    """What remains of the tensor of that name."""
+    if name in labels.lookups:            # numbers of channels: count among those that remain
+        alive = keep[labels.lookups[name]].to(tensor.device)
+        tensor = (alive.cumsum(0) - 1)[tensor.long() % len(alive)].to(tensor.dtype)
     for axis in range(tensor.dim()):
         table = labels.axes.get((name, axis), keep)
         if table.dim() == 2:
@@ -153,22 +157,20 @@ def slice_module(model: nn.Module, groups: Groups, keep: Tensor, registry: Regis
 
     Device, dtype, ``requires_grad``, hooks and train/eval mode are those of the originals. Dense weights are
     never copied: the cut ones take their place while copying. The module's own ``forward`` may still hold
-    hard-coded sizes; the proof finds out.
+    hard-coded sizes; the proof finds out. Where the graph is that of another module (wrappers taken off, weights
+    baked), that one is copied; what cannot be copied whole comes as its ``Parts``.
     """
     graph = groups.graph
+    model = model if graph.module is None else graph.module
     old = {name: t for name, t in graph.tensors.items() if name not in graph.constants}
     with torch.no_grad():
         new = sliced_tensors(groups, keep, {name: tensor.detach() for name, tensor in old.items()})
         memo: dict[int, Any] = {id(old[name]): _like(old[name], tensor.clone())
-                                for name, tensor in new.items() if tensor.shape != old[name].shape}
-    try:
-        sliced = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise PlanError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the original "
-                        "is never modified; make it support copy.deepcopy (old-style weight norm does not: bake "
-                        "it with torch.nn.utils.remove_weight_norm first).") from error
-    resize_modules(sliced, groups, keep, registry)
-    return sliced
+                                for name, tensor in new.items()
+                                if tensor.shape != old[name].shape or name in groups.labels.lookups}
+    smaller = copied(model, memo)
+    resize_modules(smaller, groups, keep, registry)
+    return smaller
 
 
 def _like(original: Tensor, data: Tensor) -> Tensor:
@@ -185,6 +187,7 @@ def resize_modules(module: nn.Module, groups: Groups, keep: Tensor, registry: Re
     """Set ``out_channels``, ``num_features``, ... wherever a module's attribute was the old size."""
     labels = groups.labels
     graph = labels.graph
+    modules = dict(module.named_modules(remove_duplicate=False))
     wanted: dict[tuple[str, str], Any] = {}
     for node in graph.nodes:
         rule = registry.find(node.target)
@@ -195,11 +198,11 @@ def resize_modules(module: nn.Module, groups: Groups, keep: Tensor, registry: Re
         for attribute, value in before.items():
             if after[attribute] != value:
                 for path in _modules_of(graph, node):
-                    target = module.get_submodule(path)
+                    target = modules.get(path)      # none for a slice of a ModuleList, made in a forward
                     if getattr(target, attribute, None) == value and wanted.get((path, attribute)) is None:
                         wanted[path, attribute] = after[attribute]
     for (path, attribute), value in wanted.items():
-        setattr(module.get_submodule(path), attribute, value)
+        setattr(modules[path], attribute, value)
 
 
 def _modules_of(graph: Graph, node: fx.Node) -> list[str]:
