@@ -16,7 +16,7 @@ from prunekern.graph.groups import Family, Groups
 from prunekern.graph.inputs import Call
 from prunekern.prune.importance import Criterion, score
 from prunekern.prune.oneshot import groups_of
-from prunekern.prune.prove import masking
+from prunekern.prune.reference import masking
 from prunekern.prune.units import make_units
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from prunekern.core.graph import Graph, Shape
+from prunekern.core.policy import DEFAULT, Policy
 
 FIXED = 0
 Plane = Tensor
@@ -77,8 +78,8 @@ class Site:
 class Tape:
     """What rules write to while a graph is walked in order. Not used after the walk."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, policy: Policy = DEFAULT) -> None:
+        self.graph, self.policy = graph, policy
         self.restart()
 
     def restart(self) -> None:
@@ -94,6 +95,7 @@ class Tape:
         self.consumed: dict[tuple[str, int], None] = {}
         self.masked: dict[fx.Node, list[fx.Node]] = {}
         self.lookups: dict[str, Tensor] = {}
+        self.restricted: dict[fx.Node, str] = {}
         self.sites: list[Site] = []
         self.made: list[tuple[int, int]] = []
         self.memory: dict[fx.Node, Any] = {}
@@ -197,19 +199,25 @@ class Tape:
         vector = self._uniform(hits[0], varying(hits[0]) - {axis})
         return compact(vector, (axis,)).reshape(-1), rest
 
-    def across(self, node: fx.Node, planes: Planes, axes: Iterable[int], reason: str) -> list[Plane]:
+    def across(self, node: fx.Node, planes: Planes, axes: Iterable[int], reason: str,
+               inexact: bool = False) -> list[Plane]:
         """The planes that pass an operator which looks at all positions of some axes at once.
 
-        What varies along these axes alone stays; what varies elsewhere, too, leaves as whole rows.
+        What varies along these axes alone stays; what varies elsewhere, too, leaves as whole rows. Where the policy
+        takes it and the operator means something on fewer positions (inexact), the former passes, too.
         """
         looked = frozenset(axes)
         passing = []
         for plane in planes:
             live = varying(plane)
-            if live & looked and live <= looked:
-                self.freeze(node, plane, reason)
-                continue
-            passing.append(self._uniform(plane, live & looked))
+            if live & looked and not live <= looked:
+                plane = self._uniform(plane, live & looked)
+            elif live and live <= looked:
+                if not (inexact and self.policy.inexact):
+                    self.freeze(node, plane, reason)
+                    continue
+                self.restricted[node] = reason
+            passing.append(plane)
         return passing
 
     def contract(self, node: fx.Node, operands: Sequence[Operand], out: str) -> Planes:
@@ -235,7 +243,9 @@ class Tape:
             if varying(plane) & summed:
                 self._uniform(plane, varying(plane) - summed)
             else:
-                passing.append(plane[(..., *[0] * len(summed))])
+                for _ in summed:
+                    plane = plane.select(-1, 0)
+                passing.append(plane)
         return tuple(passing)
 
     def _columns(self, node: fx.Node, plane: Plane, term: str, shared: set[str]) -> Plane:
@@ -316,6 +326,8 @@ class Tape:
 
     def _merge(self, node: fx.Node, result: list[Plane], covered: frozenset[int],
                planes: list[Plane], full: frozenset[int]) -> list[Plane]:
+        result, planes = ([self._apart(node, plane, others) for plane in own]
+                          for own, others in ((result, planes), (planes, result)))
         met: set[int] = set()
         extra: list[Plane] = []
         for plane in planes:
@@ -327,6 +339,16 @@ class Tape:
                 extra += self._beside(node, plane, covered)
         kept = [[other] if i in met else self._beside(node, other, full) for i, other in enumerate(result)]
         return [plane for planes in kept for plane in planes] + extra
+
+    def _apart(self, node: fx.Node, plane: Plane, others: Sequence[Plane]) -> Plane:
+        """A plane along two axes that meets one operand's planes along each (heads and widths of a parameter) keeps
+        the same widths in every head: together they would make all its channels one."""
+        axes = [varying(other) for other in others if varying(other) < varying(plane)]
+        if len(axes) < 2 or any(a & b for i, a in enumerate(axes) for b in axes[:i]):
+            return plane
+        columns = max(axes, key=max)
+        names = "abcdefghijklmnopqrstuvwxyz"[:plane.dim()]
+        return self._columns(node, plane, names, {names[axis] for axis in varying(plane) - columns})
 
     def _beside(self, node: fx.Node, plane: Plane, always: frozenset[int]) -> list[Plane]:
         """What is left of a plane next to an operand that always has all positions along some axes."""

@@ -12,13 +12,16 @@ from prunekern.core.graph import Graph, mutates, pure
 
 Before = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
 After = Callable[[fx.Node, Any], None]
+Instead = Callable[[fx.Node, tuple[Any, ...]], Any]
 
 
 def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any],
-             before: Before | None = None, after: After | None = None, out_of_place: bool = False) -> list[Any]:
+             before: Before | None = None, after: After | None = None, instead: Instead | None = None,
+             out_of_place: bool = False) -> list[Any]:
     """The flat outputs of the traced network with its state taken from ``tensors``.
 
-    before(node, args) may replace a call's positional arguments; after(node, value) sees every result.
+    before(node, args) may replace a call's positional arguments; instead(node, args) may give the result itself (or
+    NotImplemented); after(node, value) sees every result.
     out_of_place replaces in-place operators by their pure forms (needed for gradients through them).
     Values are freed after their last use. The given state is never written: in-place calls on it are made
     on a copy.
@@ -35,7 +38,7 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...],
             outputs: Any = fx.node.map_arg(node.args[0], env.__getitem__)
             return list(outputs)
         else:
-            env[node] = _call(node, env, before, out_of_place)
+            env[node] = _call(node, env, before, instead, out_of_place)
         if after is not None:
             after(node, env[node])
         for arg in node.all_input_nodes:
@@ -44,11 +47,14 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...],
     raise AssertionError("a graph ends with its output")
 
 
-def _call(node: fx.Node, env: dict[fx.Node, Any], before: Before | None, out_of_place: bool) -> Any:
+def _call(node: fx.Node, env: dict[fx.Node, Any], before: Before | None, instead: Instead | None,
+          out_of_place: bool) -> Any:
     mapped: Any = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
     call_args, call_kwargs = mapped
     if before is not None:
         call_args = before(node, call_args)
+    if instead is not None and (given := instead(node, call_args)) is not NotImplemented:
+        return given
     target: Any = pure(node.target) if out_of_place else node.target
     first = node.args[0] if node.args else None
     if isinstance(first, fx.Node) and first.op == "placeholder" and target is node.target and mutates(target):

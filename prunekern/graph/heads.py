@@ -16,14 +16,14 @@ from torch import Tensor
 
 from prunekern.core.graph import owner
 from prunekern.core.labels import FIXED, Site, Tape
-from prunekern.core.policy import Policy
 
 Axes = Mapping[tuple[str, int], Tensor]
 
 
-def candidates(tape: Tape, policy: Policy) -> list[Site]:
+def candidates(tape: Tape) -> list[Site]:
     """The sites at which heads are to leave."""
-    return [site for site in tape.sites if len(site.table) > 1 and policy.attention_of(owner(site.node)[0]) != "widths"]
+    return [site for site in tape.sites
+            if len(site.table) > 1 and tape.policy.attention_of(owner(site.node)[0]) != "widths"]
 
 
 def merged(axes: Axes, sites: Sequence[Site], count: int) -> dict[tuple[str, int], Tensor]:

@@ -35,6 +35,8 @@ class Labels:
     lookups:  constant tensor of integers -> groups of the channels that it picks from, by number.
     masked:   node -> the arguments at which removed channels count as zeros.
     frozen:   what stays because of an operator, and why.
+    restricted: nodes that look at all channels at once and run on what remains of them -> what they do.
+    policy:   which kinds of channels may leave.
     """
 
     graph: Graph
@@ -47,6 +49,8 @@ class Labels:
     lookups: Mapping[str, Tensor]
     masked: Mapping[fx.Node, tuple[fx.Node, ...]]
     frozen: tuple[Frozen, ...]
+    restricted: Mapping[fx.Node, str]
+    policy: Policy
 
     def alive(self, node: fx.Node, axis: int, keep: Tensor) -> Tensor:
         """Boolean vector: which old indices of an activation's axis remain, for ``keep`` [groups] boolean."""
@@ -108,29 +112,29 @@ def _shrunk(old: tuple[Dim, ...], live: Live, keep: Tensor) -> tuple[Dim, ...]:
 def label(graph: Graph, registry: Registry, *, policy: Policy = DEFAULT, tape: Tape | None = None) -> Labels:
     """Label every channel of a graph. An operator without a rule freezes what reaches it and is named.
 
-    policy: which kinds of channels may leave. tape: one of the graph to write on, for callers that want to look
-    at it afterwards.
+    policy: which kinds of channels may leave. tape: one of the graph (with the policy) to write on, for callers that
+    want to look at it afterwards.
     """
-    tape = tape or Tape(graph)
-    _walk(tape, registry, policy)
-    sites, first = candidates(tape, policy), dict(tape.axes)
+    tape = tape or Tape(graph, policy)
+    _walk(tape, registry)
+    sites, first = candidates(tape), dict(tape.axes)
     count = tape.count
     while sites:
         tape.restart()
-        _walk(tape, registry, policy, merged(first, sites, count))
+        _walk(tape, registry, merged(first, sites, count))
         labels = _finish(tape)
         stuck = [site for site in held(sites, first, labels.axes, count)
-                 if policy.attention_of(owner(site.node)[0]) == "auto"]
+                 if tape.policy.attention_of(owner(site.node)[0]) == "auto"]
         if not stuck:
             return labels
         sites = [site for site in sites if all(site is not other for other in stuck)]
         if not sites:
             tape.restart()
-            _walk(tape, registry, policy)
+            _walk(tape, registry)
     return _finish(tape)
 
 
-def _walk(tape: Tape, registry: Registry, policy: Policy,
+def _walk(tape: Tape, registry: Registry,
           heads: Mapping[tuple[str, int], Tensor] = MappingProxyType({})) -> None:
     unread = unread_parameters(tape.graph)
     for node in tape.graph.nodes:
@@ -140,7 +144,7 @@ def _walk(tape: Tape, registry: Registry, policy: Policy,
                 tape.freeze_planes(node, tape.planes(node))
         elif node.op == "output":
             for leaf in pytree.tree_leaves(list(node.args)):
-                if not policy.outputs and isinstance(leaf, fx.Node):
+                if not tape.policy.outputs and isinstance(leaf, fx.Node):
                     tape.freeze_planes(leaf, tape.planes(leaf), "")
         else:
             _step(tape, node, registry)
@@ -202,7 +206,8 @@ def _finish(tape: Tape) -> Labels:
         produced=tuple(tape.produced), consumed=frozenset(tape.consumed),
         balanced=tuple(group[table] for table in tape.balanced),
         lookups={name: group[labels] for name, labels in tape.lookups.items()},
-        masked={node: tuple(args) for node, args in tape.masked.items()}, frozen=tuple(tape.frozen))
+        masked={node: tuple(args) for node, args in tape.masked.items()}, frozen=tuple(tape.frozen),
+        restricted=dict(tape.restricted), policy=tape.policy)
 
 
 def _live_of(item: Any, group: Tensor) -> Any:

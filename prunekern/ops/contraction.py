@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from prunekern.core.arguments import per_axis
 from prunekern.core.builder import Builder
 from prunekern.core.graph import Shape, ShapeOf
-from prunekern.core.labels import FIXED, Planes, Tape, spread, varying
+from prunekern.core.labels import FIXED, Planes, Tape, compact, spread, varying
 from prunekern.core.program import Epilogue
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 from prunekern.ops.elementwise import Pair
@@ -52,8 +52,7 @@ class Convolution(OpRule):
         groups = argument(node, self.group_index, "groups", 1)
         axis = channel_axis(node, tape.shape)
         source, rest = tape.consume(node, x, axis)  # type: ignore[arg-type]
-        for plane in rest:                # only the batch axis passes a convolution untouched
-            tape.freeze(node, plane, "its positions are mixed by a convolution")
+        passing = self._positions(node, tape, rest, axis)
         self._freeze_kernel(node, tape, weight)
         if groups == 1:
             tape.tie(node, source, tape.read(node, weight, self._in_axis))
@@ -62,7 +61,18 @@ class Convolution(OpRule):
             out = self._grouped(node, tape, source, weight, groups)
         if isinstance(bias, fx.Node):
             tape.tie(node, out, tape.axis(node, bias, 0))
-        tape.give(node, () if out is None else (spread(out, axis, tape.shape(node)),))
+        tape.give(node, (*passing, *(() if out is None else (spread(out, axis, tape.shape(node)),))))
+
+    def _positions(self, node: fx.Node, tape: Tape, planes: Planes, axis: int) -> list[Tensor]:
+        """The planes along positions: they pass where the kernel has one element and nothing else is done."""
+        kernel, sizes = tape.shape(node.args[1])[2:], (tape.shape(node.args[0]), tape.shape(node))  # type: ignore[arg-type]
+        passing = []
+        for plane in planes:
+            if all(a > axis and kernel[a - axis - 1] == 1 and sizes[0][a] == sizes[1][a] for a in varying(plane)):
+                passing.append(compact(plane).expand(sizes[1]))
+            else:
+                tape.freeze(node, plane, "its positions are mixed by a convolution")
+        return passing
 
     _in_axis, _out_axis = 1, 0
 

@@ -249,9 +249,9 @@ class Softmax(OpRule):
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        x, axis = node.args[:2]
-        axis %= len(tape.shape(node))  # type: ignore[operator]
-        tape.give(node, tape.across(node, tape.planes(x), (axis,), "softmax runs across these channels"))
+        axis: int = argument(node, 1) % len(tape.shape(node))
+        tape.give(node, tape.across(node, tape.planes(node.args[0]), (axis,), "softmax runs across these channels",
+                                    inexact=True))
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return 3 * numel(shape(node))

@@ -135,14 +135,15 @@ class GroupNorm(OpRule):
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        x, groups = node.args[0], node.args[1]
+        x, groups = node.args[0], argument(node, 1)
         channels, rest = tape.along(node, tape.planes(x), 1)
         tape.freeze_planes(node, rest, "its positions are normalised")
         if channels is not None:
-            table = channels.view(groups, -1)  # type: ignore[arg-type]
-            tape.unify(table, table[:, :1])
-            if groups == 1:
-                tape.freeze(node, channels, ACROSS)
+            table = channels.view(groups, -1)
+            if groups > 1:
+                tape.unify(table, table[:, :1])
+            else:
+                tape.across(node, tape.planes(x), (1,), ACROSS, inexact=True)
         tie_vectors(node, tape, channels, (argument(node, 2, "weight"), argument(node, 3, "bias")))
         tape.give(node, tape.planes(x))
 
@@ -156,7 +157,7 @@ class GroupNorm(OpRule):
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         channels, before = shape(node)[1], int(node.meta["val"].shape[1])
-        return {"num_channels": channels, "num_groups": node.args[1] * channels // before}  # type: ignore[operator]
+        return {"num_channels": channels, "num_groups": max(1, node.args[1] * channels // before)}  # type: ignore[operator]
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
         groups = self.attributes(node, sizes.new)["num_groups"]
@@ -178,10 +179,23 @@ class LayerNorm(OpRule):
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x, normalised = node.args[0], node.args[1]
-        rank = len(tape.shape(x))  # type: ignore[arg-type]
-        for vector in (argument(node, 2, "weight"), argument(node, 3, "bias")):
-            tape.freeze_planes(node, tape.planes(vector))
-        tape.give(node, tape.across(node, tape.planes(x), range(rank - len(normalised), rank), ACROSS))  # type: ignore[arg-type]
+        shape = tape.shape(x)  # type: ignore[arg-type]
+        last = range(len(shape) - len(normalised), len(shape))  # type: ignore[arg-type]
+        passing = tape.across(node, tape.planes(x), last, ACROSS, inexact=True)
+        vectors = [v for v in (argument(node, 2, "weight"), argument(node, 3, "bias")) if isinstance(v, fx.Node)]
+        tape.give(node, tape.combine(node, [(passing, shape), *((tape.planes(v), tape.shape(v)) for v in vectors)],
+                                     shape))
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        return {"normalized_shape": self._normalised(node, shape(node.args[0]))}  # type: ignore[arg-type]
+
+    def _normalised(self, node: fx.Node, shape: Any) -> tuple[int, ...]:
+        return tuple(shape[len(shape) - len(node.args[1]):])  # type: ignore[arg-type]
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        new = self._normalised(node, sizes.new(node.args[0]))  # type: ignore[arg-type]
+        return None if list(new) == node.args[1] else (node.target, (node.args[0], list(new), *node.args[2:]),
+                                                       dict(node.kwargs))
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """Two for the statistics, three to apply them."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from prunekern.core.arguments import per_axis
 from prunekern.core.builder import Builder
-from prunekern.core.graph import ShapeOf
+from prunekern.core.graph import ShapeOf, target_name
 from prunekern.core.labels import Tape, spread, varying
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 from prunekern.ops.elementwise import MAP, sample
@@ -254,7 +254,7 @@ class Reduction(OpRule):
     matches = aten("mean", "sum", "amax", "amin", "max.dim", "min.dim", "max.default", "min.default", "var.correction",
                    "std.correction", "var.dim", "std.dim", "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim",
                    "argmax", "argmin", "prod", "any", "all", "cumsum", "topk", "sort", "var_mean.correction")
-    keeps_shape = ("cumsum", "sort", "topk")
+    meaningful = ("mean", "amax", "amin", "var", "std", "linalg_vector_norm", "norm", "logsumexp")   # on fewer, too
     samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x.mean((2, 3)), "global average", MAP),
         sample(lambda x: x.mean((2, 3), keepdim=True), "global average, kept axes", MAP),
@@ -284,7 +284,9 @@ class Reduction(OpRule):
         if "aten.sum" in str(node.target) and any(axes & varying(p) for p in planes):
             tape.masked.setdefault(node, []).append(x)
             planes = tuple(p for p in planes if not varying(p) <= axes)
-        self._give(node, tape, tape.across(node, planes, axes, "it reduces across these channels"), axes)
+        passing = tape.across(node, planes, axes, "it reduces across these channels",
+                              inexact=target_name(node).split(".")[1] in self.meaningful)
+        self._give(node, tape, [plane for plane in passing if not varying(plane) & axes], axes)
 
     def _give(self, node: fx.Node, tape: Tape, passing: list[Tensor], axes: set[int]) -> None:
         several = isinstance(tape.graph.dims[node.name], list)

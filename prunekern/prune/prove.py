@@ -7,7 +7,7 @@ the proof must also have teeth; then on the real weights. fp64 throughout.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from prunekern.errors import PlanError, ProofError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
-from prunekern.graph.labels import Labels
+from prunekern.prune.reference import masked_outputs, replaced, restricting
 from prunekern.prune.rewrite import ORIGIN
 from prunekern.prune.slice import sliced_tensors
 
@@ -94,47 +94,6 @@ def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: 
 _FORMS = {"class": "user's own class", "graph": "rewritten graph module"}
 
 
-def masked_outputs(labels: Labels, keep: Tensor, tensors: Mapping[str, Tensor], call: Call) -> list[Any]:
-    """The original on the given state, removed channels zeroed at the inputs of what mixes them."""
-    with torch.no_grad():
-        return evaluate(labels.graph, tensors, call.args, call.kwargs, before=masking(labels, keep))
-
-
-def masking(labels: Labels, keep: Tensor) -> Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]:
-    """A hook for ``evaluate`` that multiplies consumers' inputs with what remains of them."""
-    masks = {node: {arg: labels.mask(arg, keep) for arg in args} for node, args in labels.masked.items()}
-
-    def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if node not in masks:
-            return values
-
-        def masked(arg: fx.Node, value: Any) -> Any:
-            mask = masks[node].get(arg)
-            return value if mask is None else torch.where(fitted(mask, value), value, 0)
-        return replaced(node, values, masked)
-    return before
-
-
-def replaced(node: fx.Node, values: tuple[Any, ...], new: Callable[[fx.Node, Any], Any]) -> tuple[Any, ...]:
-    """The values of a call's arguments with those of its tensors exchanged: ``new(argument, value)``."""
-    def walk(arg: Any, value: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return new(arg, value)
-        if isinstance(arg, (list, tuple)):
-            return type(value)(walk(a, v) for a, v in zip(arg, value, strict=True))
-        return value
-    return tuple(walk(a, v) for a, v in zip(node.args, values, strict=True))
-
-
-def fitted(mask: Tensor, value: Tensor) -> Tensor:
-    """A mask made for the labels' batch, for a value of another: heads that share an axis with the batch repeat."""
-    times = [size // n if n > 1 else 1 for size, n in zip(value.shape, mask.shape, strict=True)]
-    for axis, (size, n) in enumerate(zip(value.shape, mask.shape, strict=True)):
-        if n > size:
-            mask = mask.narrow(axis, 0, size)
-    return (mask.repeat([max(t, 1) for t in times]) if max(times) > 1 else mask).to(value.device)
-
-
 def randomised(groups: Groups, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """A twin of the state: every parameter and every sliceable buffer drawn at random at a sane scale."""
     generator = torch.Generator().manual_seed(seed)
@@ -194,7 +153,8 @@ def _teeth(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], reference: 
     def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return replaced(node, values, lambda arg, value: switched(node, arg, value))
     with torch.enable_grad():
-        outputs = evaluate(groups.graph, twin, call.args, call.kwargs, before=before, out_of_place=True)
+        outputs = evaluate(groups.graph, twin, call.args, call.kwargs, before=before,
+                           instead=restricting(labels, keep), out_of_place=True)
         total = torch.zeros((), dtype=torch.float64)
         generator = torch.Generator().manual_seed(1)
         for out in outputs:
@@ -251,9 +211,10 @@ def difference(outputs: list[Any], reference: list[Any]) -> float:
 
 @contextlib.contextmanager
 def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Run a module on the given values of its state, on its own for the others, all in one dtype; then give it
-    its own back."""
+    """Run a module on the given values of its state, on its own for the others, all in one dtype, also what its
+    forward makes without saying of what dtype; then give it its own back."""
     slots = [(t, t.data) for t in [*module.parameters(), *module.buffers()]]
+    usual = torch.get_default_dtype()
     by_name = {**tensors, **{alias: tensors[name] for alias, name in groups.graph.tied.items() if name in tensors}}
     try:
         everything = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -262,8 +223,10 @@ def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor], dtyp
                 tensor.data = by_name[name].clone()
             elif tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+        torch.set_default_dtype(dtype)
         yield
     finally:
+        torch.set_default_dtype(usual)
         for tensor, data in slots:
             tensor.data = data
 

@@ -16,7 +16,7 @@ from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
 from prunekern.graph.labels import frozen_report
 from prunekern.prune.oneshot import prune
-from prunekern.prune.prove import masked_outputs
+from prunekern.prune.reference import masked_outputs
 from prunekern.prune.target import Target
 from tests.pruning import Conv, Cut, cut, double, first_units, groups_of, random_choice, silenced
 from tests.tolerances import assert_equal_fp64

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from prunekern.errors import PlanError, ProofError
 from prunekern.graph.groups import Groups
 from prunekern.ops import REGISTRY
-from prunekern.prune.prove import LIMIT, difference, masked_outputs, prove, randomised
+from prunekern.prune.prove import LIMIT, difference, prove, randomised
+from prunekern.prune.reference import masked_outputs
 from prunekern.prune.rewrite import rewrite
 from prunekern.prune.slice import slice_module
 from tests.pruning import Cut, cut, first_units, groups_of
