@@ -43,9 +43,16 @@ class Call:
             return self
         return self.map(lambda t: torch.cat((t, t)) if self._has_batch(t) else t)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the rows belong together: integers of another leading size (the edges of a graph) may be their
+        numbers."""
+        return any(t.dim() > 0 and not t.is_floating_point() and not self._has_batch(t)
+                   for _, t in self.named_tensors())
+
     def resized(self, batch: int) -> Call:
-        """The same inputs at another batch size, rows repeated or dropped."""
-        if self.batch in (None, batch):
+        """The same inputs at another batch size, rows repeated or dropped; themselves where that makes no sense."""
+        if self.batch in (None, batch) or self.whole:
             return self
         rows = torch.arange(batch) % (self.batch or 1)
         return self.map(lambda t: t.index_select(0, rows.to(t.device)) if self._has_batch(t) else t)

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from prunekern.core.rule import Registry
-from prunekern.ops import attention, contraction, einsum, elementwise, movement, norm, recurrent, spatial
+from prunekern.ops import (
+    attention,
+    contraction,
+    einsum,
+    elementwise,
+    indexing,
+    movement,
+    norm,
+    recurrent,
+    scan,
+    spatial,
+)
 
-FAMILIES = (contraction, einsum, attention, recurrent, norm, elementwise, spatial, movement)
+FAMILIES = (contraction, einsum, attention, recurrent, norm, elementwise, spatial, movement, indexing, scan)
 REGISTRY = Registry(rule for family in FAMILIES for rule in family.RULES)
