@@ -23,11 +23,11 @@ from prunekern.graph.inputs import Call
 from prunekern.prune.reference import masked_outputs, replaced, restricting
 from prunekern.prune.rewrite import ORIGIN
 from prunekern.prune.slice import sliced_tensors
+from prunekern.prune.widen import widened
 
 LIMIT = 1e-9          # fp64, relative to max|output|; real slips are of the order of 1
 TEETH = 1e-9          # a channel more or less must move the twin's output by at least this share
 DRAWS = 4             # how many twins are tried for one that hides nothing
-FALLBACK_LIMIT = 1e-4  # where the forward itself insists on fp32
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,13 @@ def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: 
 
     Raises ProofError where neither is; PlanError where a predicted shape does not come true.
     """
-    dtype, limit = _dtype(groups)
+    with widened(groups.graph):
+        return _prove(groups, keep, graph_form, class_form, seed)
+
+
+def _prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: nn.Module | None,
+           seed: int) -> tuple[nn.Module, Proof]:
+    dtype = torch.float64
     call = _proof_call(groups, dtype, seed)
     real = {n: _cast(t.detach(), dtype) for n, t in groups.graph.tensors.items()}
     twin, reference, teeth, blunt = _sharpest_twin(groups, keep, real, call, seed)
@@ -83,10 +89,10 @@ def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: 
             notes.append(f"the {_FORMS[form]} cannot run: {type(error).__name__}: {first}")
             continue
         worst = max(twin_error, real_error)
-        if worst <= limit:
-            return module, Proof(form, twin_error, real_error, limit, teeth, blunt, shapes,
+        if worst <= LIMIT:
+            return module, Proof(form, twin_error, real_error, LIMIT, teeth, blunt, shapes,
                                  str(dtype).removeprefix("torch."), tuple(notes))
-        notes.append(f"the {_FORMS[form]} differs from the masked original by {worst:.1e} (limit {limit:.0e})")
+        notes.append(f"the {_FORMS[form]} differs from the masked original by {worst:.1e} (limit {LIMIT:.0e})")
     raise ProofError("the sliced network is not equal to the masked original, so nothing is returned: "
                      + "; ".join(notes) + ". Please report the model; ignore=[...] on the layers involved avoids it.")
 
@@ -254,8 +260,11 @@ class _ShapeWatch(fx.Interpreter):
         value = super().run_node(n)
         node = self.original.get(n.meta.get(ORIGIN, ""))
         if isinstance(value, Tensor) and node is not None and self.labels.graph.is_tensor(node):
-            predicted = at(self.labels.dims(node, self.keep), self.labels.graph.batch)
-            if predicted != tuple(value.shape):
+            dims = self.labels.dims(node, self.keep)
+            predicted = at(dims, self.labels.graph.batch)
+            if len(predicted) != value.dim() or any(
+                    not dim.measured and want != size
+                    for dim, want, size in zip(dims, predicted, value.shape, strict=True)):
                 raise PlanError(f"{place(node)}: the plan predicts shape {predicted}, "
                                 f"the sliced network has {tuple(value.shape)}.")
             self.checked += 1
@@ -281,16 +290,3 @@ def _copied(value: Any) -> Any:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _dtype(groups: Groups) -> tuple[torch.dtype, float]:
-    """fp64, unless the forward itself casts to a narrower type: then that of the weights."""
-    for node in groups.graph.nodes:
-        if "to" in str(node.target).split(".") or "_to_copy" in str(node.target):
-            value = node.meta.get("val")
-            narrow = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            if narrow:
-                floats = [t.dtype for t in groups.graph.tensors.values() if t.is_floating_point()]
-                return (floats[0] if floats else torch.float32), FALLBACK_LIMIT
-    return torch.float64, LIMIT
-

@@ -217,13 +217,13 @@ def test_the_model_and_the_result_keep_their_weights(model: nn.Module, groups: G
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-def test_a_forward_that_casts_is_proven_in_its_own_precision() -> None:
+def test_a_forward_that_casts_is_proven_in_fp64_all_the_same() -> None:
     model, args, kwargs = ZOO["keyword_inputs"]()
     from prunekern.graph.inputs import Call
     groups = groups_of(model, Call(args, kwargs))
     result: Cut = cut(model, groups, first_units(groups))
-    assert result.proof.dtype == "float32"
-    assert result.proof.limit == 1e-4
+    assert result.proof.dtype == "float64"
+    assert max(result.proof.twin_error, result.proof.real_error) < 1e-13
 
 
 @pytest.mark.parametrize(("out", "ref", "expected"), [
