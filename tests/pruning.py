@@ -90,7 +90,7 @@ def double(value: Any) -> Any:
 
 @torch.no_grad()
 def silenced(model: nn.Module, plan: Plan) -> nn.Module:
-    """A dense fp64 copy whose convolutions and linear layers do not hear the inputs that the plan takes away."""
+    """A dense fp64 copy whose convolutions, linear and recurrent layers do not hear inputs that the plan takes away."""
     dense = double(model)
     for path, module in dense.named_modules():
         kept = plan.kept.get(f"{path}.weight" if path else "weight", {})
@@ -100,6 +100,11 @@ def silenced(model: nn.Module, plan: Plan) -> nn.Module:
             for rows, inputs in _blocks(module, kept):
                 module.weight[rows, _others(inputs, module.weight.shape[1])] = 0
     return dense
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            for name, weight in module.named_parameters():
+                columns = plan.kept.get(f"{path}.{name}", {}).get(1)
+                if columns is not None:                     # of a layer's inputs, and of its own last outputs
+                    weight[:, _others(columns, weight.shape[1])] = 0
 
 
 def _others(indices: list[int], size: int) -> Tensor:

@@ -21,6 +21,7 @@ from prunekern.core.graph import Dim, Graph
 from prunekern.errors import InputError, ModelError, TraceError
 from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
+from prunekern.graph.states import NumberedStates, follow_weights
 
 LABEL_BATCH = 2
 NOISY = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
@@ -166,6 +167,7 @@ class _Sizes:
 def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: Call, example_batch: int,
                  notes: tuple[str, ...]) -> Graph:
     inline_grad_modes(program.graph_module)
+    follow_weights(program.graph)
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
              **signature.inputs_to_lifted_tensor_constants}
@@ -197,7 +199,8 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
 
     def run(state: dict[str, Tensor], leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, in_spec)
-        out = torch.func.functional_call(model, state, args, kwargs)
+        with NumberedStates():
+            out = torch.func.functional_call(model, state, args, kwargs)
         flat, spec = pytree.tree_flatten(out)
         out_spec.append(spec)
         return flat
@@ -206,6 +209,8 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
     with torch.no_grad():
         module = make_fx(run, tracing_mode="real", pre_dispatch=True)(copies, leaves)
     graph = module.graph
+    follow_weights(graph)
+    graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     state = {node.name: name for node, name in zip(placeholders, names, strict=False)}
     constants = _lift_attributes(module, graph, state, tensors)

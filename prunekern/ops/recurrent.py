@@ -1,4 +1,7 @@
-"""Recurrent layers and cells: counted exactly; their channels, which return at every time step, stay."""
+"""Recurrent layers and cells: a hidden unit leaves with all its gates. Packing of sequences of unequal lengths.
+
+A unit that is gone is one that nobody hears: not the next layer, nor its own layer a time step later.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunekern.core.builder import Builder
-from prunekern.core.graph import Shape, ShapeOf
-from prunekern.core.labels import Tape
+from prunekern.core.graph import Shape, ShapeOf, at
+from prunekern.core.labels import Tape, spread, varying
 from prunekern.core.rule import OpRule, Sample, aten, numel
 
 
 class Last(nn.Module):
-    """A sample's module: the outputs of a recurrent layer without its states."""
+    """A sample's module: the outputs of a recurrent layer without its states, with channels on axis 1."""
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]  # type: ignore[no-any-return]
+        return self.layer(x.transpose(1, 2))[0].transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class Whole(nn.Module):
@@ -52,11 +55,11 @@ class Steps(nn.Module):
 
 
 def _sample(name: str, build: Callable[[], nn.RNNBase]) -> Sample:
-    return Sample(lambda: Last(build()), ((2, 6, 5),), name, prunable=False)
+    return Sample(lambda: Last(build()), ((2, 5, 6),), name)
 
 
 def _cell(name: str, build: Callable[[], nn.RNNCellBase]) -> Sample:
-    return Sample(lambda: Steps(build()), ((2, 5),), name, prunable=False)
+    return Sample(lambda: Steps(build()), ((2, 5),), name)
 
 
 SUFFIXES = ("", "_reverse")
@@ -70,7 +73,7 @@ def roles(layers: int, directions: int, biases: bool) -> list[str]:
 
 def is_zero(build: Builder, node: fx.Node) -> bool:
     """Whether a state is the zeros that a module makes for itself."""
-    made = str(node.target).removeprefix("aten.").partition(".")[0] in ("zeros", "zeros_like", "new_zeros")
+    made = _name(node) in ("zeros", "zeros_like", "new_zeros")
     return made or (build.is_constant(node) and not bool(build.constant(node).any()))
 
 
@@ -93,8 +96,34 @@ class Recurrent(OpRule):
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        for arg in node.all_input_nodes:
-            tape.freeze_planes(node, tape.planes(arg), "its channels return at every time step")
+        given = _arguments(node)
+        directions, weights = 1 + bool(given["bidirectional"]), list(given["params"])
+        each = len(weights) // (given["num_layers"] * directions)
+        source = _source(node, tape, given["input"] if "input" in given else given["data"])
+        units: list[tuple[Tensor, Tensor]] = []                      # of h and of c, by layer and direction
+        for first in range(0, len(weights), each):
+            units.append(_direction(node, tape, source, weights[first:first + each]))
+            if len(units) % directions == 0:
+                source = torch.cat([hidden for hidden, _ in units[-directions:]])
+        states = _states(given["hx"])
+        tables = [torch.stack(each) for each in zip(*units, strict=True)][:len(states)]
+        for table, state in zip(tables, states, strict=True):
+            _begin(node, tape, state, table)
+        if _is_projected(node):
+            _outnumber(node, tape, *tables)
+        else:
+            tape.balanced += tables[:1]          # one tensor holds the states of all layers: as many units in each
+        # Nobody hears the rows of a unit that is gone; its columns are what has to count as zeros.
+        tape.masked.setdefault(node, []).extend(weight for weight in weights if len(tape.shape(weight)) == 2)
+        y, *ends = at(tape.graph.dims[node.name], tape.graph.batch)
+        last = [table if _is_read(node, i) else table[:1] for i, table in enumerate(tables, 1)]
+        tape.give_list(node, [[spread(source, len(y) - 1, y)], *(     # type: ignore[arg-type]
+            [table.unsqueeze(1).expand(shape)] for table, shape in zip(last, ends, strict=True))])
+
+    def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
+        inward, around, *_ = self._weights(node, shape)
+        sizes = {"input_size": inward[1], "hidden_size": around[0] // GATES[_kind(node)]}
+        return {**sizes, "proj_size": around[1]} if _is_projected(node) else sizes
 
     def _rows(self, node: fx.Node, shape: ShapeOf) -> int:
         """Time steps times batch."""
@@ -149,6 +178,25 @@ class Cell(Recurrent):
         _cell("LSTM cell", lambda: nn.LSTMCell(5, 7)), _cell("GRU cell", lambda: nn.GRUCell(5, 20)),
         _cell("RNN cell", lambda: nn.RNNCell(5, 3, bias=False, nonlinearity="relu")))
 
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        given = _arguments(node)
+        weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+        units, _ = _direction(node, tape, _source(node, tape, given["input"]), [w for w in weights if w is not None])
+        states = _states(given["hx"])
+        for number, state in enumerate(states):
+            found, rest = (tape.along(node, tape.planes(state), 1) if number else     # nobody but its unit hears a c
+                           tape.consume(node, state, 1))
+            tape.freeze_planes(node, rest)
+            if found is not None:
+                tape.unify(found, units)
+            elif len(units) > 1:
+                tape.freeze(node, units, OUTSIDE)
+        planes = (spread(units, 1, tape.shape(states[0])),)
+        if len(states) == 1:
+            tape.give(node, planes)
+        else:
+            tape.give_list(node, [planes, planes])
+
     def _weights(self, node: fx.Node, shape: ShapeOf) -> list[Shape]:
         return [shape(weight) for weight in node.args[2:] if weight is not None]  # type: ignore[arg-type]
 
@@ -175,13 +223,125 @@ class Cell(Recurrent):
         return True
 
 
+OUTSIDE = "the state that it begins with comes from outside"
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _is_projected(node: fx.Node) -> bool:
+    """Whether an LSTM puts out a projection of its units."""
+    given = _arguments(node)
+    if "params" not in given:
+        return False
+    directions = given["num_layers"] * (1 + bool(given["bidirectional"]))
+    return bool(len(given["params"]) > directions * (4 if given["has_biases"] else 2))
+
+
+def _source(node: fx.Node, tape: Tape, x: fx.Node) -> Tensor | None:
+    """The channels that are read; time steps and sequences stay."""
+    source, rest = tape.consume(node, x, -1)
+    tape.freeze_planes(node, rest, "its time steps are mixed by a recurrent layer")
+    return source
+
+
+def _direction(node: fx.Node, tape: Tape, source: Tensor | None, weights: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
+    """One direction of one layer, or a cell: labels of what it puts out [P] and of its units [H].
+
+    weights: weight_ih [G * H, I] and weight_hh [G * H, P]; perhaps biases [G * H]; perhaps a projection [P, H], without
+    which P is H.
+    """
+    inward, around, *rest = weights
+    projection = next((weight for weight in rest if len(tape.shape(weight)) == 2), None)
+    hidden = units = tape.fresh(tape.shape(around if projection is None else projection)[1])
+    gates = units.repeat(tape.shape(around)[0] // len(units))
+    for weight in (inward, around):
+        tape.tie(node, gates, tape.produce(node, weight, 0))
+    for bias in rest:
+        if bias is not projection:
+            tape.tie(node, gates, tape.axis(node, bias, 0))
+    if projection is not None:
+        hidden = tape.fresh(tape.shape(projection)[0])
+        tape.tie(node, units, tape.read(node, projection, 1))
+        tape.tie(node, hidden, tape.produce(node, projection, 0))
+    tape.tie(node, source, tape.read(node, inward, 1))
+    tape.tie(node, hidden, tape.read(node, around, 1))
+    return hidden, units
+
+
+def _outnumber(node: fx.Node, tape: Tape, outputs: Tensor, units: Tensor) -> None:
+    """Keep more units [layers * directions, H] than outputs [layers * directions, P] of a projection, which torch knows
+    by these sizes. As many of the first P units stay as outputs do, and one of the others."""
+    count = outputs.shape[1]
+    same = _is_read(node, 1)                     # all rows of the outputs run together
+    tape.balanced += [torch.cat((outputs[:1] if same else outputs, units[:, :count])), units[:, count:]]
+    tape.freeze(node, units[:, -1])
+
+
+def _begin(node: fx.Node, tape: Tape, state: fx.Node, table: Tensor) -> None:
+    """Units [layers * directions, H] and the state [layers * directions, N, H] that they begin with: one axis for all,
+    so that the same ones of each stay where it matters which."""
+    found = False
+    for plane in tape.planes(state):
+        if 2 not in varying(plane):
+            tape.freeze(node, plane)                              # layers, sequences
+        else:
+            found = True
+            tape.unify(plane, table[:1] if _is_uniform(state) else table.unsqueeze(1))
+    if not found and table.shape[1] > 1:
+        tape.freeze(node, table, OUTSIDE)
+
+
+MADE = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+KEPT = ("index_select", "expand", "to", "_to_copy", "clone", "contiguous")
+
+
+def _is_uniform(state: fx.Node) -> bool:
+    """Whether a state is made of one value, so that it does not matter which units go, but how many."""
+    while _name(state) in KEPT:
+        state = state.all_input_nodes[0]
+    return _name(state) in MADE
+
+
+def _is_read(node: fx.Node, item: int) -> bool:
+    """Whether anybody looks at one of the results."""
+    return any(user.args[1] == item and user.users for user in node.users)
+
+
+def _name(node: fx.Node) -> str:
+    """The bare name of an operator."""
+    return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
 def _kind(node: fx.Node) -> str:
     """lstm, gru, rnn_tanh or rnn_relu."""
-    return str(node.target).removeprefix("aten.").partition(".")[0].removesuffix("_cell")
+    return _name(node).removesuffix("_cell")
 
 
 def _states(given: Any) -> Sequence[fx.Node]:
     return [given] if isinstance(given, fx.Node) else list(given)
 
 
-RULES: tuple[OpRule, ...] = (Recurrent(), Cell())
+class Packing(OpRule):
+    """_pack_padded_sequence and _pad_packed_sequence: sequences of unequal lengths as one list of time steps
+    [T, N, ...] <-> [all steps, ...]; their channels pass."""
+
+    matches = aten("_pack_padded_sequence", "_pad_packed_sequence")
+
+    def label(self, node: fx.Node, tape: Tape) -> None:
+        steps = 2 if "_pack_padded" in _name(node) else 1                 # axes in front of the channels
+        shape = at(tape.graph.dims[node.name], tape.graph.batch)[0]
+        passed = []
+        for plane in tape.planes(node.args[0]):
+            if min(varying(plane)) < steps:
+                tape.freeze(node, plane, "its time steps are packed")
+            else:
+                passed.append(plane[(0,) * steps].expand(shape))
+        tape.give_list(node, [passed, []])
+
+
+RULES: tuple[OpRule, ...] = (Recurrent(), Cell(), Packing())

@@ -12,11 +12,12 @@ from torch.fx.graph import _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from prunekern.errors import ArtefactError, UnsupportedOp
-from prunekern.prune.rewrite import FunctionalBatchNorm, PrunedModule, Structure
+from prunekern.prune.rewrite import FunctionalBatchNorm, FunctionalRecurrent, PrunedModule, Structure
 
 VERSION = 1
 FOLLOWERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "FunctionalBatchNorm": lambda d: FunctionalBatchNorm(d["momentum"], d["eps"]),
+    "FunctionalRecurrent": lambda d: FunctionalRecurrent(d["operator"]),
     "Dropout": lambda d: nn.Dropout(d["p"]),
     "Dropout2d": lambda d: nn.Dropout2d(d["p"]),
 }
@@ -101,7 +102,7 @@ def _node_data(module: fx.GraphModule, node: fx.Node) -> dict[str, Any]:
         kind = type(child).__name__
         if kind not in FOLLOWERS:
             raise UnsupportedOp(f"{node.name}: a {kind} cannot be written down; rewrite with layers=False.")
-        settings = {k: getattr(child, k) for k in ("p", "momentum", "eps") if hasattr(child, k)}
+        settings = {k: getattr(child, k) for k in ("p", "momentum", "eps", "operator") if hasattr(child, k)}
         item.update(op="module", kind=kind, settings=settings, target=str(node.target))
     elif node.op == "call_function":
         item["target"] = _target_name(node)

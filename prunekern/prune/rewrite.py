@@ -14,12 +14,15 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.nn import functional
 
+from prunekern.core.arguments import find_operator
 from prunekern.core.graph import Graph, owner
 from prunekern.core.rule import Registry, argument
+from prunekern.core.rule import aten as operators
 from prunekern.graph.labels import Labels
 from prunekern.prune.slice import cut_tensor
 
 aten = torch.ops.aten
+RECURRENT = operators("lstm", "gru", "rnn_tanh", "rnn_relu")
 ORIGIN = "prunekern_origin"      # node.meta key: name of the traced node it stands for
 
 
@@ -60,6 +63,20 @@ class FunctionalBatchNorm(nn.Module):
                 var: Tensor | None) -> Tensor:
         training = self.training or mean is None
         return functional.batch_norm(x, mean, var, weight, bias, training, self.momentum, self.eps)
+
+
+class FunctionalRecurrent(nn.Module):
+    """A recurrent operator as somebody's forward called it, following train() and eval(): dropout between layers, and
+    gradients where cuDNN computes them. operator: ``lstm.input``, ``gru.data``, ..."""
+
+    def __init__(self, operator: str) -> None:
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, *given: Any) -> tuple[Tensor, ...]:
+        call = find_operator(f"aten.{self.operator}")
+        mode = [argument.name for argument in call._schema.arguments].index("train")
+        return call(*given[:mode], self.training, *given[mode + 1:])  # type: ignore[no-any-return]
 
 
 RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
@@ -154,7 +171,7 @@ def _emit(node: fx.Node, new: fx.Graph, root: nn.Module, env: Mapping[fx.Node, f
         name = f"_{node.name}"
         module.train(modules.training)
         root.add_module(name, module)
-        return new.call_module(name, tuple(env[a] if isinstance(a, fx.Node) else a for a in args))
+        return new.call_module(name, fx.node.map_arg(args, env.__getitem__))
     rule = registry.find(node.target)
     call = rule.rewrite(node, sizes) if rule is not None else None
     target, args, kwargs = call if call is not None else (node.target, node.args, dict(node.kwargs))
@@ -170,6 +187,8 @@ def _mode_follower(node: fx.Node) -> tuple[nn.Module, tuple[Any, ...]] | None:
         return nn.Dropout(argument(node, 1, "p", 0.5)), (node.args[0],)
     if node.target is aten.feature_dropout.default:
         return nn.Dropout2d(argument(node, 1, "p", 0.5)), (node.args[0],)
+    if node.target in RECURRENT:
+        return FunctionalRecurrent(str(node.target).removeprefix("aten.")), node.args
     return None
 
 
