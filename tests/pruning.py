@@ -20,9 +20,10 @@ from prunekern.graph.groups import Groups, find_groups
 from prunekern.graph.labels import label
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
+from prunekern.prune.attributes import slice_class
 from prunekern.prune.prove import Proof, prove
 from prunekern.prune.rewrite import rewrite
-from prunekern.prune.slice import plan_of, slice_module
+from prunekern.prune.slice import plan_of
 from prunekern.prune.target import Meter
 from prunekern.prune.units import make_units
 
@@ -71,7 +72,7 @@ def first_units(groups: Groups, seed: int = 0) -> Tensor:
 
 def cut(model: nn.Module, groups: Groups, keep: Tensor) -> Cut:
     """Slice, rewrite and prove; raises what these raise."""
-    sliced = slice_module(model, groups, keep, REGISTRY)
+    sliced = slice_class(model, groups, keep, REGISTRY)
     graph_form = rewrite(groups.labels, keep, sliced, REGISTRY)
     module, proof = prove(groups, keep, graph_form, sliced)
     meter = Meter(groups)

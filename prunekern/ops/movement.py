@@ -341,7 +341,8 @@ class Roll(Move):
             length = sizes.old(node.args[0])[axis]  # type: ignore[arg-type]
             if length is not None and shifts[i] % length:
                 alive = sizes.alive(node.args[0], axis)  # type: ignore[arg-type]
-                shifts[i] = int(alive[length - shifts[i] % length:].sum())
+                if not bool(alive.all()):
+                    shifts[i] = int(alive[length - shifts[i] % length:].sum())
         return node.target, (node.args[0], shifts, axes), {}
 
     def lower(self, node: fx.Node, build: Builder) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from prunekern.graph.groups import Groups, find_groups
 from prunekern.graph.labels import frozen_report, label
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
+from prunekern.prune.attributes import hard_coded, slice_class
 from prunekern.prune.importance import Criterion, score
 from prunekern.prune.importance.score import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
 from prunekern.prune.rewrite import rewrite
-from prunekern.prune.slice import choice_of, plan_of, slice_module
+from prunekern.prune.slice import choice_of, plan_of
 from prunekern.prune.target import Meter, Target, as_target, choose, ignored
 from prunekern.prune.units import make_units
+
+LINES = 5          # of hard-coded sizes that a note quotes
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,13 @@ def cut(model: nn.Module, groups: Groups, keep: Tensor, plan: Plan, *, clock: Cl
     clock = clock or Clock()
     _check_prunable(groups)
     with clock("slice"):
-        sliced = slice_module(model, groups, keep, REGISTRY)
+        sliced = slice_class(model, groups, keep, REGISTRY)
     with clock("rewrite"):
         graph_form = rewrite(groups.labels, keep, sliced, REGISTRY)
     with clock("prove"):
         module, proof = prove(groups, keep, graph_form, sliced, seed)
+    if proof.form == "graph":
+        proof = replace(proof, notes=(*proof.notes, *_hard_coded(model, groups, keep)))
     said = (*plan.notes, *groups.graph.notes, *frozen_report(groups.labels), *proof.notes, *_unchanged(keep))
     return Pruned(module, plan, proof, groups, keep, tuple(dict.fromkeys(said)), dict(clock.seconds))
 
@@ -136,6 +141,13 @@ def _check_prunable(groups: Groups) -> None:
         raise InputError("no prunable channels: " + (
             "; ".join(frozen_report(groups.labels)) or "every one reaches the output or is its layer's only one")
             + ". Prune the layers before or after; prunekern doctor shows what holds each.")
+
+
+def _hard_coded(model: nn.Module, groups: Groups, keep: Tensor) -> list[str]:
+    lines = hard_coded(model, groups, keep, REGISTRY)
+    more = [f"and {len(lines) - LINES} more"] if len(lines) > LINES else []
+    return [f"sizes that changed are hard-coded in the forward of {'; '.join([*lines[:LINES], *more])}; so the "
+            "rewritten graph module is returned"] if lines else []
 
 
 def _unchanged(keep: Tensor) -> list[str]:

@@ -12,8 +12,9 @@ from prunekern.core.plan import Plan
 from prunekern.errors import ArtefactError, PlanError
 from prunekern.graph.groups import Groups
 from prunekern.ops import REGISTRY
+from prunekern.prune.attributes import slice_class
 from prunekern.prune.rewrite import rewrite
-from prunekern.prune.slice import choice_of, slice_module
+from prunekern.prune.slice import choice_of
 
 Form = Literal["class", "graph"]
 
@@ -25,7 +26,7 @@ def rebuild(model: nn.Module, groups: Groups, plan: Plan, form: str, weights: Ma
     the model, ArtefactError where the weights do not fit what it leaves.
     """
     keep = choice_of(groups, plan)
-    module: nn.Module = slice_module(model, groups, keep, REGISTRY)
+    module: nn.Module = slice_class(model, groups, keep, REGISTRY)
     if form == "graph":
         module = rewrite(groups.labels, keep, module, REGISTRY)
     fill(module, weights)
