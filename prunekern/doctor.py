@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from prunekern.core.graph import owner, place, source, target_name
 from prunekern.core.labels import FIXED, Frozen, Plane, Planes, Tape, compact
 from prunekern.errors import PrunekernError
+from prunekern.graph.bake import labelled
 from prunekern.graph.groups import Groups, find_groups
 from prunekern.graph.labels import label
 from prunekern.graph.trace import trace
@@ -187,7 +188,7 @@ def diagnose(model: nn.Module, example_inputs: Any = None, *, trial: bool = True
     prove it, to tell which form (the user's class or a rewritten graph module) would come back and why.
     Raises what ``trace`` raises; a failing trial is part of the diagnosis.
     """
-    graph = trace(model, example_inputs)
+    graph = labelled(trace(model, example_inputs), REGISTRY).graph
     witness = _Witness(graph)
     labels = label(graph, REGISTRY, tape=witness)
     groups = find_groups(labels)

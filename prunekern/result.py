@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from prunekern.backends import Lowered, lower
+from prunekern.core import structure
 from prunekern.core.files import replace_all
 from prunekern.core.plan import Plan
 from prunekern.errors import ArtefactError, LoweringError, ModelError, UnsupportedOp
@@ -113,7 +114,7 @@ class Result:
         try:
             (stage / "graph.json").write_text(json.dumps(to_data(graph)))
             (stage / "graph.safetensors").write_bytes(save_tensors(_plain(state_of(graph))))
-        except UnsupportedOp as error:
+        except (UnsupportedOp, ArtefactError) as error:
             notes.append(f"the graph form is not saved, load with the model class: {error}")
         if lowered is not None:
             lowered.save(stage / "program")
@@ -220,7 +221,7 @@ def _inputs_data(call: Call) -> dict[str, Any]:
     described = [{"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch."),
                   **({} if leaf.is_floating_point() else {"values": leaf.reshape(-1).tolist()})}
                  if isinstance(leaf, Tensor) else {"value": leaf} for leaf in leaves]
-    return {"leaves": described, "spec": pytree.treespec_dumps(spec)}
+    return {"leaves": described, "spec": structure.dumps(spec)}
 
 
 def _inputs_from(data: Mapping[str, Any]) -> Call:
@@ -234,6 +235,6 @@ def _inputs_from(data: Mapping[str, Any]) -> Call:
         if "values" in item:
             return torch.tensor(item["values"], dtype=dtype).reshape(shape)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    spec = pytree.treespec_loads(data["spec"])
+    spec = structure.loads(data["spec"])
     args, kwargs = pytree.tree_unflatten([leaf(item) for item in data["leaves"]], spec)
     return Call(tuple(args), kwargs)

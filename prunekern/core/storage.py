@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch.utils import _pytree as pytree
 
+from prunekern.core import structure
 from prunekern.core.files import write_atomically
 from prunekern.core.graph import Dim
 from prunekern.core.program import Activation, Epilogue, Program, Slot, Step
@@ -30,12 +30,7 @@ FILE = "program.json"
 def to_json(program: Program) -> dict[str, Any]:
     """The Program without the values of its weights. Raises ArtefactError for structures of outputs or inputs
     that have no JSON form (a class unknown to torch's pytree)."""
-    try:
-        specs = {key: pytree.treespec_dumps(getattr(program, key)) for key in ("in_spec", "out_spec")}
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ArtefactError(f"the model's arguments or outputs have a type without a JSON form ({error}); register "
-                            "it with torch.utils._pytree and a serialized_type_name, or return dicts and tuples."
-                            ) from error
+    specs = {key: structure.dumps(getattr(program, key)) for key in ("in_spec", "out_spec")}
     return {
         "slots": {name: {"shape": [_dim(d) for d in slot.shape], "dtype": _dtype(slot.dtype)}
                   for name, slot in program.slots().items()},
@@ -55,7 +50,7 @@ def from_json(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> P
         tuple(_read_step(step, slots) for step in data["steps"]), dict(weights),
         tuple(_read_leaf(item, slots) for item in data["inputs"]),
         tuple(_read_leaf(item, slots) for item in data["outputs"]),
-        pytree.treespec_loads(data["in_spec"]), pytree.treespec_loads(data["out_spec"]), tuple(data["parameters"]),
+        structure.loads(data["in_spec"]), structure.loads(data["out_spec"]), tuple(data["parameters"]),
         {name: (kept["axis"], tuple(kept["indices"])) for name, kept in data["kept"].items()},
         data["batch"], tuple(data["notes"]))
     for name, about in data["weights"].items():

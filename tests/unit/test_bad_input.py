@@ -157,11 +157,9 @@ def test_quantised_module() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_scripted_and_wrapped_models() -> None:
+def test_scripted_models() -> None:
     scripted = torch.jit.trace(net(), X)
     refused(ModelError, "scripted", "original nn.Module", model=None, call=lambda: pk.compress(scripted, X))
-    refused(ModelError, "DataParallel", "model.module", model=None,
-            call=lambda: pk.compress(nn.DataParallel(net()).eval(), X))
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------

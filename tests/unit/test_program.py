@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from prunekern.backends import BACKENDS, Lowered, lower
 from prunekern.backends.base import Signature, choose
@@ -418,10 +419,23 @@ def test_a_full_disk_leaves_what_was_saved_before(saved: Path, monkeypatch: pyte
     assert torch.equal(Lowered.load(saved)(x), lowered(x))
 
 
-def test_outputs_of_unknown_classes_cannot_be_saved_and_say_so(tmp_path: Path) -> None:
+def test_outputs_in_named_tuples_are_saved(tmp_path: Path) -> None:
     pair = namedtuple("pair", "a b")
     lowered = lower(Net(lambda m, x: pair(x + 1, m.fc(x))), x64(2, 6))
     assert lowered(x64(3, 6)).b.shape == (3, 6)
+    lowered.save(tmp_path)
+    assert type(Lowered.load(tmp_path)(x64(3, 6))) is pair
+
+
+class Nameless:
+    def __init__(self, a: Tensor) -> None:
+        self.a = a
+
+
+def test_outputs_of_unknown_classes_cannot_be_saved_and_say_so(tmp_path: Path) -> None:
+    register_pytree_node(Nameless, lambda value: ([value.a], None), lambda values, _: Nameless(*values))
+    lowered = lower(Net(lambda m, x: Nameless(m.fc(x))), x64(2, 6))
+    assert lowered(x64(3, 6)).a.shape == (3, 6)
     with pytest.raises(ArtefactError, match="serialized_type_name"):
         lowered.save(tmp_path)
 
