@@ -20,18 +20,23 @@ ShapeOf = Callable[[Node], Shape]
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """One size: ``scale * batch + offset``; ``scale`` is 0 for sizes that do not depend on the batch."""
+    """One size: ``scale * batch + offset``; ``scale`` is 0 for sizes that do not depend on the batch.
+
+    measured: it depends on the data; the numbers are those of the example inputs.
+    """
 
     scale: int
     offset: int
+    measured: bool = False
 
     def at(self, batch: int) -> int:
         return self.scale * batch + self.offset
 
     def __str__(self) -> str:
+        about = "~" if self.measured else ""
         if not self.scale:
-            return str(self.offset)
-        head = "N" if self.scale == 1 else f"{self.scale}N"
+            return f"{about}{self.offset}"
+        head = about + ("N" if self.scale == 1 else f"{self.scale}N")
         return head if not self.offset else f"{head}{self.offset:+d}"
 
 
@@ -153,4 +158,7 @@ def pure(target: Any) -> Any:
         return target
     namespace, name = target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    return getattr(packet, target._overloadname, target) if packet is not None else target
+    wanted = [str(argument.type) for argument in target._schema.arguments]
+    overloads = [getattr(packet, key) for key in packet.overloads()] if packet is not None else []
+    return next((one for one in overloads if not one._schema.is_mutable     # pow_.Scalar is pow.Tensor_Scalar
+                 and [str(argument.type) for argument in one._schema.arguments] == wanted), target)

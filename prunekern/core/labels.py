@@ -334,6 +334,8 @@ class Tape:
             partners = [i for i, other in enumerate(result) if varying(other) & varying(plane)]
             for i in partners:
                 self.unify(result[i], plane)
+                if varying(plane) < varying(result[i]):      # whole rows now: say so
+                    result[i] = plane
             met.update(partners)
             if not partners:
                 extra += self._beside(node, plane, covered)

@@ -110,7 +110,7 @@ class NewSizes:
 def _known(dims: Any) -> Any:
     if isinstance(dims, list):
         return [_known(item) for item in dims]
-    return tuple(None if dim.scale else dim.offset for dim in dims)
+    return tuple(None if dim.scale or dim.measured else dim.offset for dim in dims)
 
 
 def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry, *,
