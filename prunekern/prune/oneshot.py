@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from prunekern.core.plan import Plan
 from prunekern.errors import InputError
+from prunekern.graph.bake import labelled
 from prunekern.graph.groups import Groups, find_groups
-from prunekern.graph.labels import frozen_report, label
+from prunekern.graph.labels import frozen_report
+from prunekern.graph.parts import Parts
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
 from prunekern.prune.attributes import hard_coded, slice_class
@@ -55,7 +57,7 @@ def groups_of(model: nn.Module, example_inputs: Any, *, allow_train: bool = Fals
 
     Raises what ``trace`` raises.
     """
-    return find_groups(label(trace(model, example_inputs, allow_train=allow_train), REGISTRY))
+    return find_groups(labelled(trace(model, example_inputs, allow_train=allow_train), REGISTRY))
 
 
 def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
@@ -77,7 +79,7 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
         with clock("trace"):
             graph = trace(model, example_inputs)
         with clock("label"):
-            groups = find_groups(label(graph, REGISTRY))
+            groups = find_groups(labelled(graph, REGISTRY))
     with clock("plan"):
         plan, keep = propose(groups, target, criterion=criterion, reduction=reduction, normalisation=normalisation,
                              direction=direction, ranking=ranking, ignore=ignore, round_to=round_to,
@@ -129,10 +131,11 @@ def cut(model: nn.Module, groups: Groups, keep: Tensor, plan: Plan, *, clock: Cl
     with clock("rewrite"):
         graph_form = rewrite(groups.labels, keep, sliced, REGISTRY)
     with clock("prove"):
-        module, proof = prove(groups, keep, graph_form, sliced, seed)
+        module, proof = prove(groups, keep, graph_form, None if isinstance(sliced, Parts) else sliced, seed)
     if proof.form == "graph":
         proof = replace(proof, notes=(*proof.notes, *_hard_coded(model, groups, keep)))
-    said = (*plan.notes, *groups.graph.notes, *frozen_report(groups.labels), *proof.notes, *_unchanged(keep))
+    said = (*plan.notes, *groups.graph.notes, *frozen_report(groups.labels), *_apart(sliced), *proof.notes,
+            *_unchanged(keep))
     return Pruned(module, plan, proof, groups, keep, tuple(dict.fromkeys(said)), dict(clock.seconds))
 
 
@@ -141,6 +144,10 @@ def _check_prunable(groups: Groups) -> None:
         raise InputError("no prunable channels: " + (
             "; ".join(frozen_report(groups.labels)) or "every one reaches the output or is its layer's only one")
             + ". Prune the layers before or after; prunekern doctor shows what holds each.")
+
+
+def _apart(sliced: nn.Module) -> list[str]:
+    return [f"{sliced.why}; the result is a rewritten graph module"] if isinstance(sliced, Parts) and sliced.why else []
 
 
 def _hard_coded(model: nn.Module, groups: Groups, keep: Tensor) -> list[str]:
