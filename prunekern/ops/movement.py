@@ -339,10 +339,9 @@ class Roll(Move):
         shifts, axes = list(node.args[1]), argument(node, 2, "dims", [])  # type: ignore[arg-type]
         for i, axis in enumerate(axes):
             length = sizes.old(node.args[0])[axis]  # type: ignore[arg-type]
-            if length is not None and shifts[i] % length:
-                alive = sizes.alive(node.args[0], axis)  # type: ignore[arg-type]
-                if not bool(alive.all()):
-                    shifts[i] = int(alive[length - shifts[i] % length:].sum())
+            alive = sizes.alive(node.args[0], axis)  # type: ignore[arg-type]
+            if length is not None and not bool(alive.all()):
+                shifts[i] = int(alive[length - shifts[i] % length:].sum())
         return node.target, (node.args[0], shifts, axes), {}
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
