@@ -26,6 +26,7 @@ from prunekern.graph.inputs import Call
 from prunekern.graph.parts import Parts
 from prunekern.prune.rewrite import NewSizes
 from prunekern.prune.slice import slice_module
+from prunekern.prune.slim import slim
 from prunekern.prune.traced import (
     Agreements,
     Leaf,
@@ -83,12 +84,14 @@ class Observation:
 
 
 def slice_class(model: nn.Module, groups: Groups, keep: Tensor, registry: Registry) -> nn.Module:
-    """``slice_module``, with every attribute that the forward takes sizes from set to what it needs.
+    """``slice_module``, with every attribute that the forward takes sizes from set to what it needs, and attention
+    modules that torch's own class cannot express switched to one that can.
 
     Settings that modules share are changed in place where all agree, else copied for the module that differs.
     """
     sliced: nn.Module = slice_module(model, groups, keep, registry)
     if not isinstance(sliced, Parts):
+        slim(sliced, groups.labels, keep)
         seen = observe(model, groups, keep, registry)
         if seen is not None:
             apply(sliced, solve(seen), seen.leaves)
