@@ -1,0 +1,123 @@
+"""One network of the zoo under one pruner: does half of it come out smaller, running, and equal to the masked original?
+
+The same questions for every library: PASS where all are answered with yes; EXPLAINED where the result is correct, but
+above the wanted share of the MACs, and the reason says what holds the channels; FAIL with where it broke; SKIP where
+the network itself does not run.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.architectures import Architecture
+from bench.shrinkers import SHRINKERS, NothingToPrune, Shrunk, Stages, Tell
+from prunekern.graph.inputs import Call, as_call
+
+SHARE = 0.60            # of the MACs, at most, with half of the channels
+ERROR = 1e-6            # fp64, relative to max|output|
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+KINDS = {"plan": "slice", "rewrite": "slice", "prove": "proof"}     # stage -> kind of failure, where not the same
+
+
+@dataclass(frozen=True)
+class Case:
+    """What became of a network. kind: where it failed ('trace', 'label', 'slice', 'proof', 'teeth', 'shape', 'lower',
+    'time', 'crash'). ratio: MACs after over before. seconds: by stage. facts: see ``Shrunk``."""
+
+    zoo: str
+    name: str
+    library: str
+    status: str
+    kind: str = ""
+    reason: str = ""
+    ratio: float | None = None
+    macs: float | None = None
+    error: float | None = None
+    teeth: float | None = None
+    blunt: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", (), {})}
+
+
+def examine(architecture: Architecture, library: str, tell: Tell) -> Case:
+    """Build, run, shrink, check. tell: called with the name of each stage as it begins."""
+    tell("build")
+    base: dict[str, Any] = {"zoo": architecture.zoo, "name": architecture.name, "library": library}
+    try:
+        model, inputs = architecture.make()
+        call = as_call(model, inputs)
+        shapes, macs = measured(model, call)
+    except Exception as error:
+        return Case(**base, status="SKIP", reason=first_line(error))
+    stages = Stages(tell)
+    try:
+        shrunk = SHRINKERS[library](model, call, stages)
+        stages.tell("check")
+        found, left = measured(shrunk.model, call)
+    except NothingToPrune as nothing:
+        return Case(**base, status="EXPLAINED", reason=str(nothing), ratio=1.0, macs=macs, seconds=stages.seconds)
+    except Exception as error:
+        kind = next(reversed(stages.seconds), "crash")
+        return Case(**base, status="FAIL", kind=KINDS.get(kind, kind), reason=first_line(error), macs=macs,
+                    seconds=stages.seconds, facts={"traceback": traceback.format_exc()[-3000:]})
+    status, kind, reason = verdict(shrunk, shapes == found, left / macs if macs else 1.0)
+    return Case(**base, status=status, kind=kind, reason=reason, ratio=left / macs if macs else 1.0, macs=macs,
+                error=shrunk.error, teeth=shrunk.teeth, blunt=shrunk.blunt, frozen=shrunk.frozen,
+                seconds=stages.seconds, facts=shrunk.facts)
+
+
+def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, str]:
+    """(status, kind of failure, reason)."""
+    if not same_shapes:
+        return "FAIL", "shape", "the outputs have other shapes than the original's"
+    if not shrunk.error < ERROR:
+        return "FAIL", "proof", f"differs from the masked original by {shrunk.error:.1e}"
+    if shrunk.blunt and shrunk.teeth == 0:
+        return "FAIL", "teeth", "no channel's loss would be noticed: " + ", ".join(shrunk.blunt[:5])
+    if ratio > SHARE:
+        return "EXPLAINED", "", "; ".join(shrunk.frozen[:3]) or "inputs and outputs hold the rest"
+    return "PASS", "", ""
+
+
+@torch.no_grad()
+def measured(model: nn.Module, call: Call) -> tuple[list[Any], float]:
+    """Shapes of the tensors that a model gives (other outputs as they are), and its MACs on these inputs.
+
+    torch's counter, attention taken apart so that it is counted too; recurrent layers, which it does not know: a
+    multiply-accumulate for each weight, step and sample.
+    """
+    extra = [0.0]
+
+    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        data = args[0].data if isinstance(args[0], nn.utils.rnn.PackedSequence) else args[0]
+        weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        extra[0] += weights * data.numel() / data.shape[-1]
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, RECURRENT)]
+    try:
+        given = call.map(Tensor.clone)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            outputs = model(*given.args, **given.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    leaves = pytree.tree_leaves(outputs)
+    return ([tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+            counter.get_total_flops() / 2 + extra[0])
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else '-'}"[:500]
