@@ -80,10 +80,11 @@ class Tape:
 
     def __init__(self, graph: Graph, policy: Policy = DEFAULT) -> None:
         self.graph, self.policy = graph, policy
-        self.restart()
+        self.restart(scouting=True)
 
-    def restart(self) -> None:
+    def restart(self, scouting: bool = False) -> None:
         """Forget everything, for another walk."""
+        self.scouting, self.ambiguous = scouting, False
         self.count = 1
         self.edges: list[Tensor] = []
         self.frozen: list[Frozen] = []
@@ -160,7 +161,7 @@ class Tape:
 
     def settle(self, node: fx.Node, planes: Iterable[Plane]) -> Planes:
         kept = []
-        for plane in self._without_copies(node, [normalise(raw) for raw in planes]):
+        for plane in self._without_copies(node, [normalise(raw) for raw in planes if raw.numel()]):
             live = varying(plane)
             if not live:
                 self.freeze(node, plane)
@@ -333,9 +334,7 @@ class Tape:
         for plane in planes:
             partners = [i for i, other in enumerate(result) if varying(other) & varying(plane)]
             for i in partners:
-                self.unify(result[i], plane)
-                if varying(plane) < varying(result[i]):      # whole rows now: say so
-                    result[i] = plane
+                result[i] = self._together(result[i], plane)
             met.update(partners)
             if not partners:
                 extra += self._beside(node, plane, covered)
@@ -351,6 +350,18 @@ class Tape:
         columns = max(axes, key=max)
         names = "abcdefghijklmnopqrstuvwxyz"[:plane.dim()]
         return self._columns(node, plane, names, {names[axis] for axis in varying(plane) - columns})
+
+    def _together(self, left: Plane, right: Plane) -> Plane:
+        """The plane of two that run together: that which varies less, as the other is now uniform where it does not.
+
+        Scouts keep the other one: the first walk is there to see where heads could leave.
+        """
+        self.unify(left, right)
+        a, b = varying(left), varying(right)
+        if not (a < b or b < a):
+            return left
+        self.ambiguous = True
+        return (left if a > b else right) if self.scouting else (left if a < b else right)
 
     def _beside(self, node: fx.Node, plane: Plane, always: frozenset[int]) -> list[Plane]:
         """What is left of a plane next to an operand that always has all positions along some axes."""

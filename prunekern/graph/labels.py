@@ -117,8 +117,10 @@ def label(graph: Graph, registry: Registry, *, policy: Policy = DEFAULT, tape: T
     """
     tape = tape or Tape(graph, policy)
     _walk(tape, registry)
-    sites, first = candidates(tape), dict(tape.axes)
-    count = tape.count
+    sites, first, count = candidates(tape), dict(tape.axes), tape.count
+    if tape.ambiguous and not sites:
+        tape.restart()
+        _walk(tape, registry)
     while sites:
         tape.restart()
         _walk(tape, registry, merged(first, sites, count))

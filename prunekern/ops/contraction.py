@@ -96,7 +96,7 @@ class Convolution(OpRule):
         if far is None and name is not None and per_group > 1:   # fixed inputs hold the table for other calls, too
             fixed = torch.full((groups, per_group), FIXED)
             tape.freeze(node, tape.tables.setdefault((name, self.table_axis), fixed))
-        if rows is None or far is None or name is None:
+        if rows is None or far is None or (name is None and per_group > 1):
             for labels in (far, own, rows if rows is None or rows.numel() == groups else None):
                 if labels is not None:
                     tape.freeze(node, labels)
@@ -109,7 +109,7 @@ class Convolution(OpRule):
             tape.unify(far_table, far_table[:, :1])
         else:
             tape.balanced += [rows_table, far_table]
-        if per_group > 1:      # called again: the same weights read (or issue) both
+        if per_group > 1 and name is not None:      # called again: the same weights read (or issue) both
             tape.unify(tape.tables.setdefault((name, self.table_axis), far_table), far_table)
         return rows if self._in_axis == 1 else far
 
