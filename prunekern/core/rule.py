@@ -60,6 +60,7 @@ class OpRule:
     """One operator family. Subclasses override what differs from a shape-keeping, cost-free operator."""
 
     matches: ClassVar[tuple[Any, ...]] = ()
+    names: ClassVar[tuple[str, ...]] = ()      # operators ("library::name") that exist once their library is imported
     samples: ClassVar[tuple[Sample, ...]] = ()
 
     def label(self, node: fx.Node, tape: Tape) -> None:
@@ -97,6 +98,7 @@ class Registry:
     def __init__(self, rules: Iterable[OpRule]) -> None:
         self.rules = tuple(rules)
         self._by_target: dict[Any, OpRule] = {}
+        self._by_name = {name: rule for rule in self.rules for name in rule.names}
         for rule in self.rules:
             for target in rule.matches:
                 if target in self._by_target:
@@ -104,7 +106,8 @@ class Registry:
                 self._by_target[target] = rule
 
     def find(self, target: Any) -> OpRule | None:
-        return self._by_target.get(target)
+        schema = getattr(target, "_schema", None)
+        return self._by_target.get(target) or (self._by_name.get(schema.name) if schema is not None else None)
 
     def __iter__(self) -> Iterator[OpRule]:
         return iter(self.rules)

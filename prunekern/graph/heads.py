@@ -46,13 +46,16 @@ def merged(axes: Axes, sites: Sequence[Site], count: int) -> dict[tuple[str, int
     return found
 
 
-def held(sites: Sequence[Site], before: Axes, groups: Axes, count: int) -> list[Site]:
+def held(sites: Sequence[Site], before: Axes, groups: Axes, balanced: Sequence[Tensor], count: int) -> list[Site]:
     """The sites whose heads all have to stay, or can leave only together.
 
-    before: the labels of the first walk; groups: what the axes were sorted into by the second.
+    before: the labels of the first walk; groups: what the axes were sorted into by the second; balanced: tables of
+    groups whose rows keep equally many. A head that is a whole row of one (a group of a grouped convolution) stays.
     """
+    rows = [row for table in balanced for row in table if len(row.unique()) == 1]
+    stays = torch.tensor([FIXED, *(int(row[0]) for row in rows)])
     group_of = torch.full((count,), FIXED)
     for key, labels in before.items():
         if groups[key].dim() == 1:
-            group_of[labels] = groups[key]
+            group_of[labels] = torch.where(torch.isin(groups[key], stays), FIXED, groups[key])
     return [site for site in sites if len(group_of[site.table].amax(1).unique()) < 2]

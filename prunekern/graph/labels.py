@@ -125,7 +125,7 @@ def label(graph: Graph, registry: Registry, *, policy: Policy = DEFAULT, tape: T
         tape.restart()
         _walk(tape, registry, merged(first, sites, count))
         labels = _finish(tape)
-        stuck = [site for site in held(sites, first, labels.axes, count)
+        stuck = [site for site in held(sites, first, labels.axes, labels.balanced, count)
                  if tape.policy.attention_of(owner(site.node)[0]) == "auto"]
         if not stuck:
             return labels

@@ -81,7 +81,7 @@ def _inner_calls(model: nn.Module, call: Call) -> dict[str, Call]:
     given = call.map(lambda t: t.clone())
     try:
         with torch.no_grad():
-            torch.func.functional_call(model, state, given.args, dict(given.kwargs))
+            torch.func.functional_call(model, state, given.args, dict(given.kwargs), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()

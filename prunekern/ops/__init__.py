@@ -8,6 +8,7 @@ from prunekern.ops import (
     contraction,
     einsum,
     elementwise,
+    experts,
     indexing,
     movement,
     norm,
@@ -16,5 +17,6 @@ from prunekern.ops import (
     spatial,
 )
 
-FAMILIES = (contraction, einsum, attention, recurrent, norm, elementwise, spatial, movement, indexing, scan)
+FAMILIES = (contraction, einsum, attention, recurrent, norm, elementwise, spatial, movement, indexing, scan,
+            experts)
 REGISTRY = Registry(rule for family in FAMILIES for rule in family.RULES)

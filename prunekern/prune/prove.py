@@ -20,7 +20,7 @@ from prunekern.errors import PlanError, ProofError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
-from prunekern.prune.reference import masked_outputs, replaced, restricting
+from prunekern.prune.reference import masked_outputs, replaced, restricting, same_dice
 from prunekern.prune.rewrite import ORIGIN
 from prunekern.prune.slice import sliced_tensors
 from prunekern.prune.widen import widened
@@ -158,7 +158,7 @@ def _teeth(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], reference: 
 
     def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return replaced(node, values, lambda arg, value: switched(node, arg, value))
-    with torch.enable_grad():
+    with torch.enable_grad(), same_dice():
         outputs = evaluate(groups.graph, twin, call.args, call.kwargs, before=before,
                            instead=restricting(labels, keep), out_of_place=True)
         total = torch.zeros((), dtype=torch.float64)
@@ -193,7 +193,7 @@ def _visible(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], call: Cal
 
 def _module_error(groups: Groups, module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype,
                   reference: list[Any], call: Call) -> float:
-    with _lent(module, groups, tensors, dtype), torch.no_grad():
+    with _lent(module, groups, tensors, dtype), torch.no_grad(), same_dice():
         outputs = pytree.tree_leaves(module(*_copied(call.args), **_copied(dict(call.kwargs))))
     return difference(outputs, reference)
 
@@ -245,7 +245,7 @@ def _check_shapes(groups: Groups, keep: Tensor, module: fx.GraphModule, tensors:
     """
     watch = _ShapeWatch(module, groups, keep)
     leaves = _copied(tuple(pytree.tree_leaves((call.args, dict(call.kwargs)))))
-    with _lent(module, groups, tensors, dtype), torch.no_grad():
+    with _lent(module, groups, tensors, dtype), torch.no_grad(), same_dice():
         outputs = watch.run(*leaves, enable_io_processing=False)
     return watch.checked, difference(pytree.tree_leaves(outputs), reference)
 

@@ -7,7 +7,8 @@ they are run on what remains of their inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,12 +24,20 @@ from prunekern.prune.rewrite import NewSizes
 
 def masked_outputs(labels: Labels, keep: Tensor, tensors: Mapping[str, Tensor], call: Call) -> list[Any]:
     """The outputs of the original on the given state, as a network without the removed channels must give them."""
-    with torch.no_grad():
+    with torch.no_grad(), same_dice():
         outputs = evaluate(labels.graph, tensors, call.args, call.kwargs, before=masking(labels, keep),
                            instead=restricting(labels, keep))
     leaves = labels.graph.output.args[0]
     return [remaining(labels, leaf, value, keep) if isinstance(leaf, fx.Node) else value
             for leaf, value in zip(leaves, outputs, strict=True)]  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def same_dice() -> Iterator[None]:
+    """Random numbers as in every other run under it (a forward may mask at random), and nobody else's are drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def masking(labels: Labels, keep: Tensor) -> Before:
