@@ -272,7 +272,8 @@ class Builder:
         """Compute a node that depends on no input; its result becomes a weight."""
         target = pure(node.target)
         if not isinstance(target, torch._ops.OpOverload) or mutates(target) \
-                or torch.Tag.nondeterministic_seeded in target.tags:
+                or torch.Tag.nondeterministic_seeded in target.tags \
+                or any(dtype.is_complex for dtype in self._dtypes[node.name]):   # on disk: real
             return False
         leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
         for leaf in leaves:

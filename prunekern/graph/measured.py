@@ -31,7 +31,7 @@ def measured(graph: Graph) -> dict[Any, int]:
 
     def after(node: torch.fx.Node, value: Any) -> None:
         for symbol, number in zip(_sizes(node.meta.get("val")), _sizes(value), strict=False):
-            if isinstance(symbol, torch.SymInt) and symbol.node.expr.is_symbol:
+            if isinstance(symbol, torch.SymInt) and free_unbacked_symbols(symbol) == {symbol.node.expr}:
                 found.setdefault(symbol.node.expr, int(number))
     state = {name: tensor.detach() for name, tensor in graph.tensors.items()}
     with torch.no_grad():

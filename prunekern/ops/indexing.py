@@ -100,8 +100,9 @@ class Lookup(OpRule):
         else:
             for index in indices.values():
                 tape.freeze_planes(node, tape.planes(index))
+        reason = DATA if tape.graph.fqn(x) is None else ""       # the rows of a table stay, like a vocabulary
         results = [self._moved(node, plane, indices, len(out)).expand(out)
-                   for plane in passing(node, tape, planes, indices)]
+                   for plane in passing(node, tape, planes, indices, reason)]
         if picked is not None and vector is not None:
             results.append(self._renumbered(node, tape, indices, picked, vector))
         tape.give(node, results)
@@ -168,7 +169,9 @@ def merged(node: fx.Node, tape: Tape, operands: Iterable[Any], axis: int, out: S
     for operand in operands:
         if not tape.graph.is_tensor(operand) or not tape.shape(operand):
             continue
-        planes, shape = passing(node, tape, tape.planes(operand), (axis,)), tape.shape(operand)
+        numbers = not operand.meta["val"].dtype.is_floating_point          # positions: no channels of their own
+        planes = passing(node, tape, tape.planes(operand), (axis,), "" if numbers else DATA)
+        shape = tape.shape(operand)
         shape = (*shape[:axis], 1, *shape[axis + 1:])
         whole = [plane for plane in planes
                  if all(plane.shape[a] == out[a] for a in varying(plane))]     # else it takes the first few only

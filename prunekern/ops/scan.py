@@ -151,8 +151,7 @@ class Complex(OpRule):
         planes, shape = list(tape.planes(x)), tape.shape(node)
         if "as_complex" in str(node.target):
             last = len(shape)
-            planes = [plane.select(last, 0) for plane in tape.across(node, tuple(planes), (last,), "they are the two "
-                                                                     "halves of complex numbers")]
+            planes = [plane.select(last, 0) for plane in tape.across(node, tuple(planes), (last,), "")]   # both halves
         elif "as_real" in str(node.target):
             planes = [plane.unsqueeze(-1).expand(shape) for plane in planes]
         tape.give(node, planes)

@@ -223,7 +223,7 @@ class Builder(Layout):
     def _place_foreign(self, step: Step) -> None:
         reason = self.foreign[step.name]
         last = self.items[-1] if self.items else None
-        if isinstance(last, Foreign):
+        if isinstance(last, Foreign) and self._continues(last, step):
             self.items[-1] = Foreign((*last.steps, step), (*last.reasons, reason))
         else:
             self.items.append(Foreign((step,), (reason,)))
@@ -234,6 +234,20 @@ class Builder(Layout):
         for slot in (*step.reads, *step.outputs):
             if slot.name in self.places:
                 self._touch(self.places[slot.name], len(self.items) - 1)
+
+    def _continues(self, last: Foreign, step: Step) -> bool:
+        """Whether a step can run in one go with those before it: not where it reads a view of what they give, since
+        all that such a run reads is taken before it starts."""
+        made = {slot.name for one in last.steps for slot in one.outputs}
+        written = [self.places[name].buffer for name in made if name in self.places]
+        for slot in step.reads:
+            source = slot.name
+            while source in self.flat:
+                source = self.flat[source].name
+            viewed = source in self.places and any(self.places[source].buffer is buffer for buffer in written)
+            if slot.name not in made and (source in made or viewed):
+                return False
+        return True
 
     def _new(self, slot: Slot) -> Place:
         if slot.name in self.cuts:
