@@ -43,15 +43,30 @@ def follow_weights(graph: fx.Graph) -> None:
             _erase_unread(graph, state)
 
 
-class NumberedStates(TorchFunctionMode):
-    """While make_fx records: zeros whose sizes are values of tensors get them from the example input."""
+class PackedCounts(TorchFunctionMode):
+    """While make_fx records: how many sequences a packed batch begins with is a value, which recurrent layers want as a
+    number; it is that of the example input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[Tensor] = []           # of sequences: by time step, then at the first
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        if func is torch.zeros and any(isinstance(arg, Tensor) for arg in args):
+        if func in (torch.zeros, Tensor.__int__) and any(map(self._is_count, args)):
             with disable_proxy_modes_tracing():
-                args = tuple(int(arg) if isinstance(arg, Tensor) else arg for arg in args)
-        return func(*args, **(kwargs or {}))
+                args = tuple(int(arg) if self._is_count(arg) else arg for arg in args)
+            if func is not torch.zeros:
+                return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func is torch._VF._pack_padded_sequence:
+            self.counts.append(result[1])
+        elif func is Tensor.__getitem__ and self._is_count(args[0]):
+            self.counts.append(result)
+        return result
+
+    def _is_count(self, value: Any) -> bool:
+        return any(value is count for count in self.counts)
 
 
 def _again(graph: fx.Graph, state: fx.Node, weight: fx.Node) -> fx.Node:

@@ -21,7 +21,7 @@ from prunekern.core.graph import Dim, Graph
 from prunekern.errors import InputError, ModelError, TraceError
 from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
-from prunekern.graph.states import NumberedStates, follow_weights
+from prunekern.graph.states import PackedCounts, follow_weights
 
 LABEL_BATCH = 2
 NOISY = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
@@ -199,7 +199,7 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
 
     def run(state: dict[str, Tensor], leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, in_spec)
-        with NumberedStates():
+        with PackedCounts():
             out = torch.func.functional_call(model, state, args, kwargs)
         flat, spec = pytree.tree_flatten(out)
         out_spec.append(spec)

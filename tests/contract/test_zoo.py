@@ -32,7 +32,6 @@ NOTHING = {
     "outer_product": "multiplied as matrices",
     "packed_qkv": "meet in attention",
     "parametrised": "no rule for this operator",                       # weight norm
-    "recurrent": "return at every time step",
     "rope_gqa": "meet in attention",
     "stacked_experts": "multiplied as matrices",
     "weight_standardised": "no rule for this operator",                # var_mean of weights
@@ -55,10 +54,12 @@ REWRITTEN = {
     "option_a": "pad by a number of channels",
     "res2net": "split(3)",
     "reversible": "chunk(2) of halves that are no longer equal",
+    "lstm_cell_loop": "zeros(B, 7)",
     "roll": "chunk(4), roll by 3 channels",
     "shuffle_hard_coded": "view(-1, 2, 6, 64)",
     "shufflenet_v2": "chunk(2) of halves that are no longer equal",
     "split_uneven": "split([4, 12])",
+    "summed_directions": "y[..., :8]",
     "view_hard_coded": "view(-1, 512)",
     "wavenet_gate": "y[:, :8], y[:, 6:]",
 }
@@ -111,6 +112,13 @@ FAMILIES: dict[str, dict[str, int]] = {
     "layer_norm_mlp": {"3": 10},
     "maxout": {"conv1": 6, "conv2": 5},
     "channel_reductions": {"conv1": 8, "conv3": 7},                    # a sum forgives, a mean does not
+    "recurrent": {"conv": 8, "lstm": 6, "lstm#2": 6, "lstm#3": 6, "lstm#4": 6, "gru": 7},    # 2 layers, 2 ways
+    "text_bilstm": {"embedding": 10, "lstm": 7, "lstm#2": 7, "score.0": 5},
+    "last_states": {"fc1": 8, "lstm": 6},                              # the same units in all layers
+    "seq2seq": {"embedding": 8, "encoder": 7},                         # in the decoder, too
+    "learned_state": {"gru": 7},
+    "lstm_cell_loop": {"fc1": 6, "low": 8, "high": 7},
+    "summed_directions": {"rnn": 8, "rnn#2": 8, "rnn#3": 8, "cell": 6},
     "mha_block": {"ffn.0": 20},
     "vit": {"fc1": 24},
     "mlp_mixer": {"tokens.0": 9, "channels.0": 16},
