@@ -16,6 +16,7 @@ from prunekern.backends import lower as lower_network
 from prunekern.backends.known import select
 from prunekern.backends.speedup import Speedup, explain_speedup
 from prunekern.core.plan import Plan
+from prunekern.core.policy import Asked
 from prunekern.errors import InputError, TargetError
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call, as_call, from_loader, infer
@@ -38,8 +39,9 @@ FIT = {"epochs": 1, "lr": 0.01}
 def compress(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
              criterion: str | Criterion = "l2", reduction: str = "mean", normalisation: str = "mean",
              direction: str = "minimum", ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
-             calibrate: Any = None, train: Any = None, validate: Any = None, test: Any = None,
-             steps: int = 1, fit: Mapping[str, Any] | None = None, recalibrate: bool = False, plan: Plan | None = None,
+             policy: Asked | None = None, calibrate: Any = None, train: Any = None, validate: Any = None,
+             test: Any = None, steps: int = 1, fit: Mapping[str, Any] | None = None, recalibrate: bool = False,
+             plan: Plan | None = None,
              loss: Callable[..., Tensor] | None = None, lower: bool = True, backend: str = "auto",
              checkpoint: str | Path | None = None, seed: int = 0, time: bool = False,
              tell: Tell = lambda _: None) -> Result:
@@ -49,7 +51,9 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     from a loader, or inferred from an unambiguous first layer, where left out. target: what remains (default:
     half of the MACs); shares may be combined, ``accuracy`` and ``max_drop`` need ``validate``.
     criterion, reduction, normalisation, direction: see ``prunekern.prune.importance.score``. ranking: 'global'
-    or 'layer'. ignore: globs of layers left alone. round_to: channels kept are multiples of it.
+    or 'layer'. ignore: globs of layers left alone. round_to: channels kept are multiples of it. policy: which kinds of
+    channels are candidates: attention heads or widths, output features, what is normalised across
+    (``prunekern.core.policy.Policy``, or a mapping: {'attention': 'widths', 'inexact': True}).
     calibrate: unlabelled batches, for criteria that look at activations and for ``recalibrate`` (batch-norm
     statistics estimated again after every cut). train, validate, test: loaders, (inputs, labels) tensors or
     functions; ``train(model)`` may train in place itself, ``validate(model)`` and ``test(model)`` may return an
@@ -75,7 +79,7 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
         notes.append(f"steps={steps} without train=: the cuts followed each other with no training in between")
     call = as_call(model, _example(model, example_inputs, (calibrate, train, validate, test), notes))
     tell("trace")
-    groups = groups_of(model, call)
+    groups = groups_of(model, call, policy=policy or (plan.policy if plan is not None else {}))
     plan_options = {"criterion": criterion, "reduction": reduction, "normalisation": normalisation,
                     "direction": direction, "ranking": ranking,
                     "ignore": (ignore,) if isinstance(ignore, str) else tuple(ignore), "round_to": round_to,

@@ -149,7 +149,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, backend: str = "au
         if not isinstance(model, nn.Module):
             raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the dense model itself.")
         with kept_modes(model, train=False):        # a fresh model is in training mode
-            groups = groups_of(model, example.map(lambda t: t.to(_device(model))))
+            groups = groups_of(model, example.map(lambda t: t.to(_device(model))), policy=plan.policy)
             module, form = rebuild(model, groups, plan, manifest["form"], weights), str(manifest["form"])
     elif "graph.json" in manifest["files"]:
         with _reading(folder):

@@ -25,6 +25,7 @@ from prunekern.cli.options import (
 )
 from prunekern.cli.target import load_sets, load_target, need_example
 from prunekern.core.plan import Plan
+from prunekern.core.policy import Policy
 from prunekern.errors import TargetError
 from prunekern.graph.groups import Groups
 from prunekern.prune.edit import edit_plan
@@ -55,6 +56,12 @@ RANKING = Annotated[str, typer.Option("--ranking", metavar="HOW", rich_help_pane
                                       "important anywhere go first; layer: the same share everywhere.")]
 IGNORE = Annotated[list[str] | None, typer.Option("--ignore", metavar="GLOB", rich_help_panel=HOW,
                                                   help="Layers left alone; repeatable.")]
+ATTENTION = Annotated[str, typer.Option("--attention", metavar="KIND", rich_help_panel=HOW,
+                                        help="What leaves in attention: 'heads', 'widths', or 'auto'.")]
+OUTPUTS = Annotated[bool, typer.Option("--outputs", rich_help_panel=HOW,
+                                       help="Features of the outputs may leave, too (for backbones).")]
+INEXACT = Annotated[bool, typer.Option("--inexact", rich_help_panel=HOW,
+                                       help="What is normalised across may leave (residual streams); fine-tune it.")]
 ROUND_TO = Annotated[int, typer.Option("--round-to", min=1, metavar="N", rich_help_panel=HOW,
                                        help="Channels kept are multiples of this.")]
 STEPS = Annotated[int, typer.Option("--steps", min=1, metavar="N", rich_help_panel=HOW,
@@ -94,6 +101,7 @@ def add_to(app: typer.Typer) -> None:
 def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
              accuracy: ACCURACY = None, max_drop: MAX_DROP = None, plan: PLAN = None,
              criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
+             attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
              steps: STEPS = 1, data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
              input: INPUT = None, lower: LOWER = True, backend: BACKEND = "auto", time: TIME = False, out: OUT = None,
              checkpoint: CHECKPOINT = None, seed: SEED = 0, threads: THREADS = None, json: JSON = False,
@@ -121,7 +129,8 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
     with say.stages() as tell:
         result = compress_network(
             loaded.model, example, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
-            round_to=round_to, steps=steps, fit={"epochs": epochs, "lr": lr, "progress": say.live},
+            round_to=round_to, policy=None if given is not None else Policy(attention, outputs, inexact), steps=steps,
+            fit={"epochs": epochs, "lr": lr, "progress": say.live},
             recalibrate=recalibrate, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
             time=time, tell=tell, **parts)
         if out is not None:
@@ -137,6 +146,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
 
 def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
          criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
+         attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
          start: FROM = None, remove: REMOVE = None, keep: KEEP = None, input: INPUT = None,
          out: PLAN_FILE = None,
          seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
@@ -150,7 +160,8 @@ def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES 
         raise TargetError("--from starts with a plan, so --macs, --params, --bytes and --layer do not combine with it.")
     given = Plan.load(start) if start else None
     loaded = load_target(target, input or (), say, seed=seed, threads=threads)
-    groups = groups_of(loaded.model, need_example(loaded))
+    policy = Policy(attention, outputs, inexact) if given is None else given.policy
+    groups = groups_of(loaded.model, need_example(loaded), policy=policy)
     if goal is not None:
         given, _ = propose(groups, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
                            round_to=round_to, seed=seed)

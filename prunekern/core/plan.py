@@ -25,6 +25,9 @@ class Plan:
     shapes: predicted shape of every activation that changes, e.g. {"conv2d": ["N", "27", "14", "14"]}.
     costs:  {"macs": [before, after], "params": [...], "bytes": [...]} for a batch of one.
     target: what was asked, and notes on how it was met.
+    policy: which kinds of channels were candidates, where that was not the default (``prunekern.core.policy``).
+    outputs: features of the outputs that are kept, where some left: {"0": {1: [kept indices of axis 1]}} for the first
+            tensor of the (flattened) output.
     """
 
     graph: str
@@ -33,6 +36,8 @@ class Plan:
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     target: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Kept = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json.dump``."""
@@ -40,7 +45,8 @@ class Plan:
             "format": "prunekern-plan", "version": VERSION, "graph": self.graph,
             "kept": {name: {str(axis): rows for axis, rows in axes.items()} for name, axes in self.kept.items()},
             "shapes": dict(self.shapes), "costs": {k: list(v) for k, v in self.costs.items()},
-            "target": dict(self.target), "notes": list(self.notes),
+            "target": dict(self.target), "notes": list(self.notes), "policy": dict(self.policy),
+            "outputs": {leaf: {str(axis): kept for axis, kept in axes.items()} for leaf, axes in self.outputs.items()},
         }
 
     @classmethod
@@ -56,7 +62,9 @@ class Plan:
                 kept={str(name): {int(axis): list(rows) for axis, rows in axes.items()}
                       for name, axes in data["kept"].items()},
                 shapes=data.get("shapes", {}), costs={k: (v[0], v[1]) for k, v in data.get("costs", {}).items()},
-                target=data.get("target", {}), notes=tuple(data.get("notes", ())))
+                target=data.get("target", {}), notes=tuple(data.get("notes", ())), policy=data.get("policy", {}),
+                outputs={str(leaf): {int(axis): list(kept) for axis, kept in axes.items()}
+                         for leaf, axes in data.get("outputs", {}).items()})
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise PlanError(f"the plan is damaged ({type(error).__name__}: {error}); make it again.") from error
 

@@ -19,7 +19,7 @@ class Policy:
     attention: 'heads' removes whole attention heads, 'widths' the same positions of every head (queries with keys,
     values with what reads them), 'auto' heads wherever there are several and nothing holds them. A mapping gives
     a kind per layer: {glob of module paths: kind}; the first match counts, others are 'auto'.
-    outputs: the features of the network's outputs may leave (for backbones); ``Pruned.outputs`` says which stay.
+    outputs: the features of the network's outputs may leave (for backbones); ``Plan.outputs`` says which stay.
     inexact: channels that are normalised or averaged across may leave (the residual stream of a transformer).
     The result then equals the original with these operators restricted to the channels that remain, which is not
     what zeroing them would give: fine-tune it.
@@ -42,7 +42,23 @@ class Policy:
         return next((kind for glob, kind in self.attention.items() if fnmatchcase(path, glob)), "auto")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What differs from the default."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(DEFAULT, name)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Policy:
+        """Raises TargetError where the data is no policy."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise TargetError(f"{data!r} is no policy ({error}); its fields are attention, outputs and "
+                              "inexact.") from error
 
 
 DEFAULT = Policy()
+Asked = Policy | Mapping[str, Any]        # what functions take: a policy, or its fields as a mapping
+
+
+def as_policy(asked: Asked) -> Policy:
+    """Raises TargetError where a mapping names something else than a policy's fields."""
+    return asked if isinstance(asked, Policy) else Policy.from_json(asked)

@@ -95,6 +95,8 @@ class Groups:
             text.update(f"{name}:{tuple(tensor.shape)};".encode())
         for family in self.families:
             text.update(f"{family};".encode())
+        if asked := self.labels.policy.to_json():
+            text.update(f"{sorted(asked.items())};".encode())
         return text.hexdigest()[:16]
 
     def __str__(self) -> str:

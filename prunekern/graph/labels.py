@@ -267,6 +267,8 @@ def frozen_report(labels: Labels) -> list[str]:
     """One line per operator that holds channels back: where and why; and one for what the forward never reads."""
     lines = dict.fromkeys(f"{place(item.node)}: {item.reason}; its channels stay as they are" for item in labels.frozen)
     unread = dict.fromkeys(name.rpartition(".")[0] or name for name in unread_parameters(labels.graph))
+    lines |= dict.fromkeys(f"inexact, as asked: {place(node)} runs on the channels that remain, not on all"
+                           for node in labels.restricted)
     return [*lines, *([f"{', '.join(map(repr, unread))}: the forward does not read these parameters on the example "
                        "inputs; they stay as they are, also where they belong to layers that shrink"]
                       if unread else [])]

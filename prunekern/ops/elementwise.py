@@ -128,7 +128,8 @@ class Arithmetic(OpRule):
         "where.ScalarOther", "where.ScalarSelf", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv",
         "atan2", "fmod", "remainder", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "bitwise_and",
         "bitwise_or", "bitwise_xor", "__and__", "__or__", "logical_xor", "multiply.Tensor", "subtract.Tensor",
-        "divide.Tensor", "true_divide.Tensor", "floor_divide", "not_equal", "greater", "less", "copy_", "clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor", "max.other", "min.other")
+        "divide.Tensor", "true_divide.Tensor", "floor_divide", "not_equal", "greater", "less", "copy_",
+        "clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor", "max.other", "min.other")
     samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x, y: x + y, "x + y", MAP, MAP),
         sample(lambda x, y: x - 2 * y, "x - 2y", MAP, MAP),

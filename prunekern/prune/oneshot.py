@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunekern.core.plan import Plan
+from prunekern.core.policy import DEFAULT, Asked, as_policy
 from prunekern.errors import InputError
 from prunekern.graph.bake import labelled
 from prunekern.graph.groups import Groups, find_groups
@@ -22,7 +23,7 @@ from prunekern.prune.attributes import hard_coded, slice_class
 from prunekern.prune.importance import Criterion, score
 from prunekern.prune.importance.score import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
-from prunekern.prune.rewrite import rewrite
+from prunekern.prune.rewrite import PrunedModule, rewrite
 from prunekern.prune.slice import choice_of, plan_of
 from prunekern.prune.target import Meter, Target, as_target, choose, ignored
 from prunekern.prune.units import make_units
@@ -52,25 +53,28 @@ class Pruned:
                           *(f"  note: {note}" for note in self.notes)])
 
 
-def groups_of(model: nn.Module, example_inputs: Any, *, allow_train: bool = False) -> Groups:
+def groups_of(model: nn.Module, example_inputs: Any, *, policy: Asked = DEFAULT, allow_train: bool = False) -> Groups:
     """Trace and label a model: every family of channels that can be pruned, before anything is cut.
 
-    Raises what ``trace`` raises.
+    policy: which kinds of channels are candidates (``prunekern.core.policy.Policy``, or a mapping of its fields, e.g.
+    {'attention': 'widths'}). Raises what ``trace`` raises.
     """
-    return find_groups(labelled(trace(model, example_inputs, allow_train=allow_train), REGISTRY))
+    return find_groups(labelled(trace(model, example_inputs, allow_train=allow_train), REGISTRY,
+                                policy=as_policy(policy)))
 
 
 def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
           criterion: str | Criterion = "l2", reduction: Reduction = "mean", normalisation: Normalisation = "mean",
           direction: Direction = "minimum", ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
-          calibrate: Any = None, loss: Callable[..., Tensor] | None = None, groups: Groups | None = None,
-          seed: int = 0) -> Pruned:
+          policy: Asked = DEFAULT, calibrate: Any = None, loss: Callable[..., Tensor] | None = None,
+          groups: Groups | None = None, seed: int = 0) -> Pruned:
     """Shrink a network to a target and prove it equal to the masked original. The model is not modified.
 
     example_inputs: one batch as a tensor, tuple or dict. criterion: a name or a function (see
     ``prunekern.prune.importance``); reduction and normalisation: how a group's members and a family's groups
     are made comparable. ranking: 'global' or 'layer'. ignore: globs of layers left alone. round_to: channels
-    kept are multiples of it. calibrate: batches for criteria that look at activations or gradients.
+    kept are multiples of it. policy: which kinds of channels are candidates (see ``groups_of``; groups have theirs).
+    calibrate: batches for criteria that look at activations or gradients.
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
     """
@@ -79,7 +83,7 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
         with clock("trace"):
             graph = trace(model, example_inputs)
         with clock("label"):
-            groups = find_groups(labelled(graph, REGISTRY))
+            groups = find_groups(labelled(graph, REGISTRY, policy=as_policy(policy)))
     with clock("plan"):
         plan, keep = propose(groups, target, criterion=criterion, reduction=reduction, normalisation=normalisation,
                              direction=direction, ranking=ranking, ignore=ignore, round_to=round_to,
@@ -112,10 +116,10 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan | str | Path, *
 
     Raises PlanError where the plan belongs to another graph or contradicts itself.
     """
-    if groups is None:
-        groups = groups_of(model, example_inputs)
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
+    if groups is None:
+        groups = groups_of(model, example_inputs, policy=plan.policy)
     keep = choice_of(groups, plan)
     again = plan_of(groups, keep, costs=Meter(groups).change(keep), target=dict(plan.target), notes=plan.notes)
     return cut(model, groups, keep, again, seed=seed)
@@ -131,7 +135,8 @@ def cut(model: nn.Module, groups: Groups, keep: Tensor, plan: Plan, *, clock: Cl
     with clock("rewrite"):
         graph_form = rewrite(groups.labels, keep, sliced, REGISTRY)
     with clock("prove"):
-        module, proof = prove(groups, keep, graph_form, None if isinstance(sliced, Parts) else sliced, seed)
+        own = None if isinstance(sliced, (Parts, PrunedModule)) else sliced
+        module, proof = prove(groups, keep, graph_form, own, seed)
     if proof.form == "graph":
         proof = replace(proof, notes=(*proof.notes, *_hard_coded(model, groups, keep)))
     said = (*plan.notes, *groups.graph.notes, *frozen_report(groups.labels), *_apart(sliced), *proof.notes,

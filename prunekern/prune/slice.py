@@ -32,7 +32,18 @@ def plan_of(groups: Groups, keep: Tensor, **details: Any) -> Plan:
             new = labels.dims(node, keep)
             if new != labels.graph.dims[node.name]:
                 shapes[node.name] = _text(new)
-    return Plan(graph=groups.fingerprint(), kept=kept, shapes=shapes, **details)
+    return Plan(graph=groups.fingerprint(), kept=kept, shapes=shapes, policy=labels.policy.to_json(),
+                outputs=_kept_outputs(labels, keep), **details)
+
+
+def _kept_outputs(labels: Labels, keep: Tensor) -> dict[str, dict[int, list[int]]]:
+    found: dict[str, dict[int, list[int]]] = {}
+    for number, leaf in enumerate(labels.graph.output.args[0]):  # type: ignore[arg-type]
+        for axis in {axis for axis, _ in labels.live.get(leaf, ())} if isinstance(leaf, fx.Node) else ():
+            alive = labels.alive(leaf, axis, keep)
+            if not bool(alive.all()):
+                found.setdefault(str(number), {})[axis] = alive.nonzero()[:, 0].tolist()
+    return found
 
 
 def _indices(alive: Tensor) -> list[Any]:

@@ -34,5 +34,5 @@ def widened(graph: Graph) -> AbstractContextManager[Any]:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dtype in NARROW and any(
                 isinstance(arg, torch.dtype) for arg in pytree.tree_leaves((node.args, dict(node.kwargs)))):
-            return Widened()
+            return Widened()  # type: ignore[no-untyped-call]
     return contextlib.nullcontext()
