@@ -104,8 +104,8 @@ def bake(graph: Graph, chosen: list[fx.Node]) -> tuple[Graph, dict[fx.Node, str]
     values = _values(graph, computed, chosen)
     names: dict[fx.Node, str] = {}
     for node in chosen:
-        taken = {*graph.tensors, *graph.tied, *names.values()} - dropped
-        names[node] = _free_name(_wish(graph, node), taken)
+        taken = {*graph.tensors, *graph.tied} - dropped
+        names[node] = _free_name(_wish(graph, node), taken.union(names.values()))
     baked = {names[node]: _tensor(graph, node, values[node]) for node in chosen}
     tied = {alias: name for alias, name in graph.tied.items() if name not in dropped}
     gone = dropped | (graph.tied.keys() - tied.keys())

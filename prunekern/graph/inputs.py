@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from prunekern.core import structure
 from prunekern.errors import InputError
 
 
@@ -63,9 +65,15 @@ class Call:
             return None
 
         def spec(leaf: Any) -> Any:
+            if dataclasses.is_dataclass(leaf):                # export wants a list of its fields
+                return [tree(child) for field in dataclasses.fields(leaf)
+                        if (child := getattr(leaf, field.name)) is not None]
             return {0: dim} if isinstance(leaf, Tensor) and self._has_batch(leaf) else None
+
+        def tree(value: Any) -> Any:
+            return pytree.tree_map(spec, value, is_leaf=dataclasses.is_dataclass)
         bound = inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments
-        return {name: pytree.tree_map(spec, value) for name, value in bound.items()}
+        return {name: tree(value) for name, value in bound.items()}
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
@@ -93,6 +101,7 @@ def as_call(model: nn.Module, example_inputs: Any) -> Call:
     except TypeError as error:
         raise InputError(f"{type(model).__name__}.forward does not take these inputs: {error}. "
                          "Pass a tensor, a tuple of positional or a dict of keyword arguments.") from error
+    structure.register((call.args, dict(call.kwargs)))
     if not call.named_tensors():
         raise InputError(f"example inputs hold no tensor (got {type(example_inputs).__name__}).")
     return call

@@ -6,24 +6,33 @@ import contextlib
 import copy
 import io
 import logging
-import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim as ExportDim
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from prunekern.core.graph import Dim, Graph
+from prunekern.core import structure
+from prunekern.core.graph import Dim, Graph, place
 from prunekern.errors import InputError, ModelError, TraceError
+from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
+from prunekern.graph.measured import ASSUMED, Reading, measured, read_numbers
+from prunekern.graph.refusal import refusal
 from prunekern.graph.states import PackedCounts, follow_weights
+from prunekern.graph.unwrap import check_kind, unwrap
 
 LABEL_BATCH = 2
+Way = tuple[Call, Any, tuple[str, ...]]     # inputs, sizes that are free, what to say of it
+NEARBY = 0.01         # noise on the inputs that a recording must also hold for
 NOISY = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -39,21 +48,23 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False, w
     Source: torch.export (PyTorch 2 export, training IR); fallback: torch.fx make_fx.
     """
     check_model(model, allow_train)
+    model, notes = unwrap(model)
     call = as_call(model, example_inputs)
     check_devices(model, call)
     example_batch = call.batch
     with _quiet(), _attributes_kept(model):
-        return _capture(model, call, example_batch or 1, widen)
+        graph = _capture(model, call, example_batch or 1, widen)
+    if not graph.output.all_input_nodes:
+        raise TraceError(f"{type(model).__name__}.forward returns no tensor that depends on its inputs or weights, so "
+                         "nothing could be proven; make it return its result.")
+    return replace(graph, module=model, notes=(*notes, *graph.notes))
 
 
 def check_model(model: nn.Module, allow_train: bool = False) -> None:
     """Refuse what cannot be pruned or proven, before any work is done."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("model is scripted (torch.jit); pass the original nn.Module it was made from.")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ModelError(f"model is wrapped in {type(model).__name__}; pass model.module and wrap the result again.")
+    check_kind(model)
     if model.training and not allow_train:
         raise ModelError("model is in training mode, so batch norm and dropout would not be what is deployed; "
                          "call model.eval() first.")
@@ -65,9 +76,6 @@ def check_model(model: nn.Module, allow_train: bool = False) -> None:
         if tensor.is_floating_point() and tensor.numel() and bool(torch.isnan(tensor.detach().sum())) \
                 and bool(torch.isnan(tensor.detach()).any()):
             raise ModelError(f"{name!r} holds NaN, so no importance or proof means anything; repair the weights.")
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-            raise ModelError(f"{name!r} is a quantised module; prune the float model, then quantise the result.")
 
 
 def check_devices(model: nn.Module, call: Call) -> None:
@@ -85,48 +93,112 @@ def _capture(model: nn.Module, call: Call, example_batch: int, widen: bool) -> G
     """Free batch first; then fixed, at two for a batch of one; then the batch of one itself."""
     wide = call.doubled() if widen else call
     fixed = "the forward fixes its batch size; the graph holds for batch {} only"
-    ways: list[tuple[Call, Any, tuple[str, ...]]] = [(wide, None, (fixed.format(wide.batch),))]
+    ways: list[Way] = [(wide, None, (fixed.format(wide.batch),))]
     if wide.batch is not None:
         ways.insert(0, (wide, wide.dynamic_shapes(model, ExportDim.DYNAMIC), ()))
     if wide is not call:
         ways.append((call, None, (fixed.format(call.batch),)))
     failures: list[Exception] = []
+    graph = _first_export(model, ways, example_batch, failures)
+    if graph is None and (numbers := read_numbers(model, wide)):
+        graph = _first_export(model, ways[:-1] if wide is not call else ways, example_batch, failures, numbers)
+    return graph or _fallback(model, call, example_batch, widen, failures)
+
+
+def _first_export(model: nn.Module, ways: list[Way], example_batch: int, failures: list[Exception],
+                  numbers: tuple[Any, ...] | None = None) -> Graph | None:
+    """The first way that torch.export takes. numbers: what the forward reads out of its tensors, to be assumed."""
     for given, spec, notes in ways:
         inputs = given.map(lambda t: t.detach())        # export marks the tensor objects that it is given
         try:
-            program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False, dynamic_shapes=spec)
-            return _from_export(model, program, inputs, example_batch, notes)
+            with Reading(numbers) if numbers else contextlib.nullcontext():
+                program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False,
+                                              dynamic_shapes=spec)
+            graph = _from_export(model, program, inputs, example_batch, notes)
+            return replace(graph, notes=(*graph.notes, ASSUMED.format(len(numbers)))) if numbers else graph
         except Exception as error:  # whatever export raises, the next way is tried
             failures.append(error)
-    return _fallback(model, call, example_batch, failures)
+    return None
 
 
-def _fallback(model: nn.Module, call: Call, example_batch: int, failures: list[Exception]) -> Graph:
+def _fallback(model: nn.Module, call: Call, example_batch: int, widen: bool, failures: list[Exception]) -> Graph:
+    outputs = _run(model, call)
+    names = structure.register(outputs)
+    if names:                             # export takes such outputs apart now
+        graph = _capture(model, call, example_batch, widen)
+        return replace(graph, notes=(*graph.notes, f"the dataclass {', '.join(names)} was registered with torch "
+                                                   "(torch.export.register_dataclass), so that its fields are seen"))
+    if structure.closed(outputs):
+        raise TraceError(f"{type(model).__name__}.forward returns a {structure.closed(outputs)[0]}, whose tensors "
+                         "torch cannot see; return tensors in tuples, lists, dicts or dataclasses, or register the "
+                         "class with torch.utils._pytree.register_pytree_node.") from failures[-1]
+    try:
+        graph = _from_make_fx(model, call, example_batch)
+        _check_recording(model, graph, call)
+        return graph
+    except Exception as error:
+        raise TraceError(refusal(model, call, [failures[-1], error], _exports)) from error
+
+
+def _check_recording(model: nn.Module, graph: Graph, call: Call) -> None:
+    """A recording must hold for other inputs too, if only for those that take the same branches: what went through
+    NumPy, say, is a constant in it. Raises _OneOff where it does not."""
+    for node in graph.nodes:
+        if _sized_by_data(node):
+            raise _OneOff(f"{place(node)}: the size of its result depends on the data")
+    generator = torch.Generator().manual_seed(0)
+    noisy = any(tensor.is_floating_point() for _, tensor in call.named_tensors())
+
+    def nearby(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.clone() if noisy or not tensor.dim() else tensor.flip(0)
+        return tensor + (NEARBY * torch.randn(tensor.shape, generator=generator)).to(tensor)
+    other = call.map(nearby)
+    try:
+        _run(model, other)
+    except InputError:                    # not any integers will do: lengths in descending order, say
+        return
+    tensors = {name: tensor.detach() for name, tensor in graph.tensors.items()}
+    with torch.no_grad():
+        found = evaluate(graph, tensors, other.args, other.kwargs)
+    for own, near, seen in zip(*map(pytree.tree_leaves, (_run(model, other), _run(model, call), found)), strict=True):
+        if isinstance(own, Tensor) and own.is_floating_point():
+            moved, error = float((own - near).abs().max()), float((own - seen).abs().max())
+            if not error <= 0.05 * moved + 1e-4 * float(own.abs().max()):
+                raise _OneOff("recorded on the example input, the network computes something else on any other")
+
+
+def _sized_by_data(node: fx.Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()) or \
+            node.target is torch.ops.aten._pack_padded_sequence.default:     # its lengths stay in the graph
+        return False
+    indices = node.args[1] if node.target is torch.ops.aten.index.Tensor else None
+    return indices is None or any(isinstance(i, fx.Node) and i.meta["val"].dtype in (torch.bool, torch.uint8)
+                                  for i in indices)  # type: ignore[union-attr]
+
+
+def _run(model: nn.Module, call: Call) -> Any:
+    """The forward's outputs on copies of the inputs and of the state. Raises InputError where it fails."""
     state = {name: tensor.detach().clone() for name, tensor in _tensors(model)[2].items()}   # a forward may write
+    given = call.map(lambda t: t.clone())
     try:
         with torch.no_grad():
-            torch.func.functional_call(model, state, call.args, dict(call.kwargs))
+            return torch.func.functional_call(model, state, given.args, dict(given.kwargs))
     except Exception as error:
         raise InputError(f"{type(model).__name__}.forward fails on the example inputs ({call}): "
                          f"{type(error).__name__}: {error}. Pass inputs that the model accepts.") from error
+
+
+def _exports(model: nn.Module, call: Call) -> bool:
     try:
-        return _from_make_fx(model, call, example_batch)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be captured as one graph: {_first_line(failures[-1], error)}. "
-            "Its forward depends on the data; make that part a function of shapes only, or compress the "
-            "submodules that do not, e.g. prunekern.compress(model.backbone, ...).") from error
+        torch.export.export(model, call.args, dict(call.kwargs), strict=False)
+    except Exception:
+        return False
+    return True
 
 
-def _first_line(error: Exception, last: Exception) -> str:
-    """The first line of an error, with the line of the user's code that export blames, or where the ``last``
-    attempt broke off."""
-    text = str(error).strip()
-    head = text.splitlines()[0] if text else type(error).__name__
-    blame = [line.strip() for line in text.splitlines() if 'File "' in line and "/torch/" not in line]
-    blame = blame or [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(last.__traceback__)
-                      if "/torch/" not in f.filename and f.filename != __file__]
-    return f"{type(error).__name__}: {head}" + (f" ({blame[-1]})" if blame else "")
+class _OneOff(Exception):
+    """A recording holds for the example input only."""
 
 
 class _NotAffine(Exception):
@@ -136,22 +208,25 @@ class _NotAffine(Exception):
 class _Sizes:
     """Turns the symbolic sizes of one trace into Dims."""
 
-    def __init__(self, batch: int | None) -> None:
+    def __init__(self, batch: int | None, measured: Mapping[Any, int] = MappingProxyType({})) -> None:
         self.cache: dict[Any, Dim] = {}
-        self.batch = batch
+        self.batch, self.measured = batch, measured
 
     def dim(self, size: Any) -> Dim:
         if not isinstance(size, torch.SymInt):
             return Dim(0, int(size))
+        data = free_unbacked_symbols(size)
+        if not data <= self.measured.keys():
+            raise _NotAffine(f"size {size} depends on the data")
         expr = size.node.expr
         if expr not in self.cache:
             first, second, third = (
-                int(expr.xreplace(dict.fromkeys(expr.free_symbols, n)))
+                int(expr.xreplace({**dict.fromkeys(expr.free_symbols, n), **self.measured}))
                 for n in (2, 4, 6))
             scale = (second - first) // 2
             if third - second != second - first or (second - first) % 2:
                 raise _NotAffine(f"size {expr} is not a multiple of the batch")
-            self.cache[expr] = Dim(scale, first - 2 * scale)
+            self.cache[expr] = Dim(scale, first - 2 * scale, bool(data))
         return self.cache[expr]
 
     def of(self, value: Any) -> Any:
@@ -164,10 +239,23 @@ class _Sizes:
         return value
 
 
+def _dims(graph: fx.Graph, sizes: _Sizes) -> dict[str, Any]:
+    found = {}
+    for node in graph.nodes:
+        try:
+            if node.op != "output":
+                found[node.name] = sizes.of(node.meta.get("val"))
+        except _NotAffine as error:
+            raise _NotAffine(f"{error}\n{node.meta.get('stack_trace', '')}") from None
+    return found
+
+
 def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: Call, example_batch: int,
                  notes: tuple[str, ...]) -> Graph:
     inline_grad_modes(program.graph_module)
     follow_weights(program.graph)
+    _drop_assertions(program.graph)
+    program.graph_module.graph.eliminate_dead_code()    # averages of attention weights that nobody asked for
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
              **signature.inputs_to_lifted_tensor_constants}
@@ -183,12 +271,19 @@ def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: 
             constants.add(name)
     inputs = tuple(node.name for node in program.graph.nodes if node.op == "placeholder" and node.name not in state)
     free = not notes and call.batch is not None
-    sizes = _Sizes(call.batch)
-    dims = {node.name: sizes.of(node.meta.get("val")) for node in program.graph.nodes if node.op != "output"}
-    return Graph(fx=program.graph, state=state, tensors=tensors, tied=tied, constants=frozenset(constants),
-                 inputs=inputs, dims=dims, in_spec=program.call_spec.in_spec, out_spec=program.call_spec.out_spec,
-                 args=call.args, kwargs=dict(call.kwargs), free_batch=free,
-                 batch=LABEL_BATCH if free else (call.batch or 1), example_batch=example_batch, notes=notes)
+    graph = Graph(fx=program.graph, state=state, tensors=tensors, tied=tied, constants=frozenset(constants),
+                  inputs=inputs, dims={}, in_spec=program.call_spec.in_spec, out_spec=program.call_spec.out_spec,
+                  args=call.args, kwargs=dict(call.kwargs), free_batch=free,
+                  batch=(LABEL_BATCH if free and not call.whole else call.batch or 1), example_batch=example_batch,
+                  notes=notes)
+    return replace(graph, dims=_dims(program.graph, _Sizes(call.batch, measured(graph))))
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """What export asserts (the dtype in front of a cast, say) need not hold of the same network in fp64."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and "_assert" in str(node.target) and not node.users:
+            graph.erase_node(node)
 
 
 def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
@@ -206,8 +301,9 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
         return flat
 
     copies = {name: tensors[name].detach().clone() for name in names}      # a forward may write to its buffers
+    given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]        # or to its inputs
     with torch.no_grad():
-        module = make_fx(run, tracing_mode="real", pre_dispatch=True)(copies, leaves)
+        module = make_fx(run, tracing_mode="real", pre_dispatch=True)(copies, given)
     graph = module.graph
     follow_weights(graph)
     graph.eliminate_dead_code()
@@ -218,8 +314,7 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
         if str(node.target) == "aten.detach.default":
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    sizes = _Sizes(None)
-    dims = {node.name: sizes.of(node.meta.get("val")) for node in graph.nodes if node.op != "output"}
+    dims = _dims(graph, _Sizes(None))
     dims.update({p: tuple(Dim(0, n) for n in tensors[name].shape) for p, name in state.items()})
     inputs = tuple(node.name for node in placeholders[len(names):])
     return Graph(fx=graph, state=state, tensors=tensors, tied=tied, constants=constants, inputs=inputs, dims=dims,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeInfo
-from torch.utils import _pytree as pytree
 
+from prunekern.core import structure
 from prunekern.errors import ArtefactError, UnsupportedOp
 from prunekern.prune.rewrite import FunctionalBatchNorm, FunctionalRecurrent, PrunedModule, Structure
 
@@ -34,7 +34,7 @@ def to_data(module: PrunedModule) -> dict[str, Any]:
     parameters = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     persistent = set(module.state_dict())
     return {"format": "prunekern-graph", "version": VERSION, "nodes": nodes, "arguments": list(info.orig_args),
-            "in_spec": pytree.treespec_dumps(info.in_spec), "out_spec": pytree.treespec_dumps(info.out_spec),
+            "in_spec": structure.dumps(info.in_spec), "out_spec": structure.dumps(info.out_spec),
             "parameters": parameters, "training": module.training,
             "transient": [name for name, _ in module.named_buffers() if name not in persistent]}
 
@@ -75,8 +75,8 @@ def _build(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PrunedModu
         else:
             node = graph.call_function(_target(item["target"]), tuple(args), kwargs)
         env[item["name"]] = node
-    graph.set_codegen(Structure(_PyTreeInfo(data["arguments"], pytree.treespec_loads(data["in_spec"]),
-                                            pytree.treespec_loads(data["out_spec"]))))
+    graph.set_codegen(Structure(_PyTreeInfo(data["arguments"], structure.loads(data["in_spec"]),
+                                            structure.loads(data["out_spec"]))))
     module = PrunedModule(root, graph, class_name="PrunedModule")
     return module.train(data["training"])
 

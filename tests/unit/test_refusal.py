@@ -1,0 +1,98 @@
+"""A forward that depends on the data: the line that stops it, and which parts can be compressed all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import prunekern as pk
+from prunekern.errors import TraceError
+from prunekern.graph.trace import trace
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3))
+        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.pooled(self.backbone(x))
+        return self.heads[0](features) if features.sum() > 0 else self.heads[1](features)      # the line
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+class ByNumpy(Branch):
+    """What goes through NumPy would be a constant of the graph."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.detach().numpy().mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[0](self.pooled(self.backbone(x)))
+
+
+class ByNumber(Branch):
+    """A scale that is read out of the activations holds for the example only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.backbone(x)
+        return self.heads[0](self.pooled(x) / float(x.detach().numpy().max()))
+
+
+def refused(model: nn.Module) -> str:
+    before = [dict(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(TraceError) as caught:
+        trace(model, X)
+    assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
+    return str(caught.value)
+
+
+def test_the_line_and_the_parts_that_can_be_compressed() -> None:
+    model = Branch().eval()
+    text = refused(model)
+    assert "test_refusal.py" in text
+    assert "`return self.heads[0](features) if features.sum() > 0 else self.heads[1](features)      # the line`" in text
+    assert "here 'backbone' (inputs args[0]: (2, 3, 8, 8) float32); 'heads." in text
+    assert "prunekern.compress(model.backbone, its_inputs)" in text
+    model.backbone = pk.prune(model.backbone, X, pk.Target(macs=0.6)).model         # the recipe
+    assert model(X).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", [ByNumpy, ByNumber])
+def test_a_recording_that_holds_for_the_example_only_is_refused(kind: type[Branch]) -> None:
+    text = refused(kind().eval())
+    assert "test_refusal.py" in text
+    assert ".numpy()" in text
+
+
+def test_parts_whose_name_is_no_attribute_are_spelled_out() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Branch()])
+
+        def forward(self, x: Tensor) -> Any:
+            return self.parts[0](x)
+
+    assert "prunekern.compress(model.get_submodule('parts.0.backbone'), its_inputs)" in refused(Outer().eval())
+
+
+class Gated(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.pooled(F.relu(self.backbone(x)))
+        if features.numpy().shape[0] > 100:
+            return features
+        return self.heads[0](features)
+
+
+def test_a_recording_that_holds_is_kept() -> None:
+    assert "the branch taken there is assumed" in trace(Gated().eval(), X).notes[0]
