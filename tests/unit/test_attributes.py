@@ -143,6 +143,25 @@ class ConfiguredBlock(nn.Module):
         return self.down(self.up(x).relu().view(len(x), self.config.width, -1, 4))
 
 
+class Selected(Net):
+    """A split by a quotient of two attributes that are sizes of nothing else; all pieces run together."""
+
+    def __init__(self) -> None:
+        super().__init__(out=6)
+        self.total, self.paths = 12, 2
+
+    def between(self, x: Tensor) -> Tensor:
+        a, b = x.split(self.total // self.paths, 1)
+        return a.relu() + b.sigmoid()
+
+
+class Depthwise(nn.Conv2d):
+    """A layer with a forward of its own that reads what torch's layer reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride, (1, 1), self.dilation, self.groups)
+
+
 class Literal(Net):
     def between(self, x: Tensor) -> Tensor:
         return x.view(-1, 12, 4, 4)
@@ -198,6 +217,13 @@ def test_equal_numbers_are_told_apart() -> None:
     assert len(seen) > 1, "every choice left the sizes equal"
 
 
+def test_of_two_unknowns_the_larger_follows() -> None:
+    result = shrunk(Selected())
+    assert result.proof.form == "class", result.proof.notes
+    assert result.model.paths == 2
+    assert result.model.total == result.model.first.out_channels < 12
+
+
 def test_what_a_forward_compares_follows() -> None:
     result = shrunk(Checked())
     assert result.proof.form == "class"
@@ -251,9 +277,12 @@ def test_pieces_that_are_no_longer_even_are_named() -> None:
 
 
 def test_nothing_is_run_where_no_size_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers of torch.nn follow their rules; a model of them costs nothing more."""
+    """The layers of torch.nn, and those like them, follow their rules; a model of them costs nothing more."""
     monkeypatch.setattr(attributes, "traced_copy", lambda *_: pytest.fail("the model was run"))
     assert shrunk(Net()).proof.form == "class"
+    result = shrunk(nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU(), Depthwise(12, 12, 3, groups=12), nn.Conv2d(12, 4, 1)))
+    assert result.proof.form == "class"
+    assert result.model[2].groups < 12
 
 
 def test_a_model_comes_back_from_its_plan() -> None:

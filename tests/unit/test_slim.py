@@ -130,16 +130,42 @@ def test_saved_copied_and_trained() -> None:
 
 
 def test_encoders_take_padding_masks_as_before() -> None:
-    """Torch's encoder packs padded batches on a fast path that knows torch's own attention only."""
+    """Torch's encoder packs padded batches on a fast path that knows torch's own attention, of even heads, only."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(12, 4, 16, batch_first=True)
     model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 4, 12)
     groups = groups_of(model, x)
-    result = cut(model, groups, first_units(groups))
+    keep = groups.everything()
+    for family in groups:
+        if "attn" in family.name:
+            keep[family.groups.unique()[:2]] = False
+    result = cut(model, groups, keep)
     assert result.proof.form == "class"
-    assert sum(isinstance(part, SlimMultiheadAttention) for part in result.model.modules()) == 2
+    assert [part.num_heads for part in result.model.modules() if isinstance(part, SlimMultiheadAttention)] == [2, 2]
     padding = torch.tensor([[False, False, False, True], [False] * 4])
     with torch.no_grad():
         fast = result.model(x, src_key_padding_mask=padding)
     slow = result.model(x.clone().requires_grad_(), src_key_padding_mask=padding)
     torch.testing.assert_close(fast[~padding], slow[~padding])
+
+
+class Tied(nn.Module):
+    """Two attention modules of one set of projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = (nn.MultiheadAttention(12, 3, batch_first=True) for _ in range(2))
+        self.two.in_proj_weight, self.two.in_proj_bias = self.one.in_proj_weight, self.one.in_proj_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x, x, x, need_weights=False)[0] + self.two(x, x, x, need_weights=False)[0]
+
+
+def test_tied_projections() -> None:
+    model, x = Tied().eval(), torch.randn(2, 4, 12)
+    groups = groups_of(model, x)
+    result = cut(model, groups, first_units(groups))
+    assert result.proof.form == "class", result.proof.notes
+    assert result.model.one.num_heads == result.model.two.num_heads == 2
+    assert result.model.one.in_proj_weight is result.model.two.in_proj_weight
