@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from prunekern.core.graph import Graph
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inputs import Call
+from prunekern.graph.parts import ghost
 
 READS = frozenset((Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.__bool__))
 ASSUMED = ("the forward reads {} numbers out of its integer inputs (sizes, most likely); the graph holds for those of "
@@ -79,7 +80,7 @@ def read_numbers(model: nn.Module, call: Call) -> tuple[Any, ...]:
     reading = Reading()
     try:
         with reading, torch.no_grad():
-            torch.func.functional_call(model, state, given.args, dict(given.kwargs))
+            torch.func.functional_call(ghost(model), state, given.args, dict(given.kwargs))
     except Exception:                                # it will be said why where the forward is tried again
         return ()
     return tuple(reading.numbers) if reading.integers else ()

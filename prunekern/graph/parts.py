@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from types import CellType
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +33,36 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if isinstance(left, Tensor) and not left.is_leaf:
                 memo.setdefault(id(left), left.detach().clone())
     return _copied(module, memo)
+
+
+def ghost(model: nn.Module) -> nn.Module:
+    """A copy that shares every tensor, for running a forward that leaves things behind on its modules; the model
+    itself where it cannot be copied, or where a function put in place of a forward or a hook holds on to it."""
+    if any(_holds(function) for module in model.modules() for function in _functions(module)):
+        return model
+    tensors = [leaf for module in model.modules() for leaf in pytree.tree_leaves(list(vars(module).values()))
+               if isinstance(leaf, Tensor)]
+    made = copied(model, {id(tensor): tensor for tensor in tensors})
+    return model if isinstance(made, Parts) else made
+
+
+def _functions(module: nn.Module) -> list[Any]:
+    return [value for value in (vars(module).get("forward"), *module._forward_hooks.values(),
+                                *module._forward_pre_hooks.values()) if value is not None]
+
+
+def _holds(value: Any, depth: int = 4) -> bool:
+    """Whether a function's closure leads to a module: copies of functions keep the closures they have."""
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if _filled(cell)]
+    return depth > 0 and any(isinstance(cell, nn.Module) or isinstance(getattr(cell, "__self__", None), nn.Module)
+                             or _holds(cell, depth - 1) for cell in cells)
+
+
+def _filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -26,7 +26,7 @@ def refusal(model: nn.Module, call: Call, errors: list[Exception], works: Callab
     text = str(errors[0]).strip()
     first = text.splitlines()[0] if text else ""
     parts = [f"'{path}' (inputs {inputs})" for path, inputs in _capturable(model, call, works)]
-    recipe = f", here {'; '.join(parts)}" if parts else ""
+    recipe = f", here {'; '.join(parts)}" if parts else ", e.g."
     path = parts[0].split("'")[1] if parts else "backbone"
     return (f"{type(model).__name__} cannot be captured as one graph{': ' + line if line else ''} "
             f"({type(errors[0]).__name__}: {first}). Its forward depends on the data; make that part a function of "

@@ -26,6 +26,7 @@ from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
 from prunekern.graph.measured import ASSUMED, Reading, measured, read_numbers
+from prunekern.graph.parts import ghost
 from prunekern.graph.refusal import refusal
 from prunekern.graph.states import PackedCounts, follow_weights
 from prunekern.graph.unwrap import check_kind, unwrap
@@ -112,8 +113,7 @@ def _first_export(model: nn.Module, ways: list[Way], example_batch: int, failure
         inputs = given.map(lambda t: t.detach())        # export marks the tensor objects that it is given
         try:
             with Reading(numbers) if numbers else contextlib.nullcontext():
-                program = torch.export.export(model, inputs.args, dict(inputs.kwargs), strict=False,
-                                              dynamic_shapes=spec)
+                program = _exported(model, inputs, spec)
             graph = _from_export(model, program, inputs, example_batch, notes)
             return replace(graph, notes=(*graph.notes, ASSUMED.format(len(numbers)))) if numbers else graph
         except Exception as error:  # whatever export raises, the next way is tried
@@ -121,8 +121,20 @@ def _first_export(model: nn.Module, ways: list[Way], example_batch: int, failure
     return None
 
 
+def _exported(model: nn.Module, call: Call, spec: Any) -> torch.export.ExportedProgram:
+    """torch.export of a copy; of one that has run before where the first run registers buffers or layers, which
+    export would take for inputs that are written to."""
+    made = ghost(model)
+    program = torch.export.export(made, call.args, dict(call.kwargs), strict=False, dynamic_shapes=spec)
+    if {*_tensors(made)[0]} == {*_tensors(model)[0]}:
+        return program
+    made = ghost(model)
+    _run(made, call)
+    return torch.export.export(made, call.args, dict(call.kwargs), strict=False, dynamic_shapes=spec)
+
+
 def _fallback(model: nn.Module, call: Call, example_batch: int, widen: bool, failures: list[Exception]) -> Graph:
-    outputs = _run(model, call)
+    outputs = _run(ghost(model), call)
     names = structure.register(outputs)
     if names:                             # export takes such outputs apart now
         graph = _capture(model, call, example_batch, widen)
@@ -161,7 +173,8 @@ def _check_recording(model: nn.Module, graph: Graph, call: Call) -> None:
     tensors = {name: tensor.detach() for name, tensor in graph.tensors.items()}
     with torch.no_grad():
         found = evaluate(graph, tensors, other.args, other.kwargs)
-    for own, near, seen in zip(*map(pytree.tree_leaves, (_run(model, other), _run(model, call), found)), strict=True):
+    outputs = _run(ghost(model), other), _run(ghost(model), call), found
+    for own, near, seen in zip(*map(pytree.tree_leaves, outputs), strict=True):
         if isinstance(own, Tensor) and own.is_floating_point():
             moved, error = float((own - near).abs().max()), float((own - seen).abs().max())
             if not error <= 0.05 * moved + 1e-4 * float(own.abs().max()):
@@ -191,7 +204,7 @@ def _run(model: nn.Module, call: Call) -> Any:
 
 def _exports(model: nn.Module, call: Call) -> bool:
     try:
-        torch.export.export(model, call.args, dict(call.kwargs), strict=False)
+        torch.export.export(ghost(model), call.args, dict(call.kwargs), strict=False)
     except Exception:
         return False
     return True
@@ -267,7 +280,7 @@ def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: 
             state[placeholder] = canonical[name]
         else:
             state[placeholder] = name
-            tensors[name] = program.constants[name]
+            tensors[name] = {**program.state_dict, **program.constants}[name]
             constants.add(name)
     inputs = tuple(node.name for node in program.graph.nodes if node.op == "placeholder" and node.name not in state)
     free = not notes and call.batch is not None
@@ -295,7 +308,7 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
     def run(state: dict[str, Tensor], leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, in_spec)
         with PackedCounts():
-            out = torch.func.functional_call(model, state, args, kwargs)
+            out = torch.func.functional_call(ghost(model), state, args, kwargs)
         flat, spec = pytree.tree_flatten(out)
         out_spec.append(spec)
         return flat

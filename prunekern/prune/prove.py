@@ -20,6 +20,7 @@ from prunekern.errors import PlanError, ProofError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
+from prunekern.graph.parts import ghost
 from prunekern.prune.reference import masked_outputs, replaced, restricting, same_dice
 from prunekern.prune.rewrite import ORIGIN
 from prunekern.prune.slice import sliced_tensors
@@ -118,6 +119,8 @@ def randomised(groups: Groups, tensors: Mapping[str, Tensor], seed: int) -> dict
             drawn *= 0.3
         else:                       # scales, slopes, variances: positive is safe for each of them
             drawn = drawn.abs().clamp(0.3, 1.7)
+        if bool((tensor > 0).all()):        # a variance of more axes, say, under a root
+            drawn = drawn.abs().clamp(1e-3)
         twin[name] = drawn.to(tensor.dtype).to(tensor.device)
     return twin
 
@@ -194,7 +197,8 @@ def _visible(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], call: Cal
 def _module_error(groups: Groups, module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype,
                   reference: list[Any], call: Call) -> float:
     with _lent(module, groups, tensors, dtype), torch.no_grad(), same_dice():
-        outputs = pytree.tree_leaves(module(*_copied(call.args), **_copied(dict(call.kwargs))))
+        run = module if isinstance(module, fx.GraphModule) else ghost(module)   # nothing is left on what is returned
+        outputs = pytree.tree_leaves(run(*_copied(call.args), **_copied(dict(call.kwargs))))
     return difference(outputs, reference)
 
 

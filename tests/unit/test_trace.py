@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,6 +259,55 @@ def test_what_a_forward_leaves_behind_is_taken_back() -> None:
     trace(model, torch.randn(2, 3))
     assert (model.calls, model.seen) == (0, [1])
     assert not hasattr(model, "last")
+
+
+class Leaving(nn.Module):
+    """Leaves things in objects of its own, and registers a buffer and a layer when first run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+        self.config, self.seen = SimpleNamespace(calls=0), {"features": [torch.zeros(1)]}
+        self.register_buffer("total", torch.zeros(8))
+        self.total: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "grid"):
+            self.register_buffer("grid", torch.ones(6, 6), persistent=False)
+            self.act = nn.ReLU()
+        x = self.act(self.conv(x) * self.grid)
+        self.config.calls += 1
+        self.seen["features"].append(x)
+        self.total = self.total + x.mean((0, 2, 3))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_nothing_is_left_on_the_model_or_the_result(ran: bool) -> None:
+    model, x = Leaving().eval(), torch.randn(2, 3, 8, 8)
+    if ran:
+        with torch.no_grad():
+            model(x)
+    names, total, count = [n for n, _ in model.named_buffers()], model.total.clone(), model.config.calls
+    result = prune(model, x, Target(layers={"conv": 0.5}), criterion="l1")
+    assert [n for n, _ in model.named_buffers()] == names
+    assert hasattr(model, "act") is ran
+    assert torch.equal(model.total, total)
+    assert (model.config.calls, len(model.seen["features"])) == (count, 1 + count)
+    if ran:
+        assert isinstance(result.model, Leaving)
+        assert (result.model.config.calls, len(result.model.seen["features"])) == (count, 1 + count)
+        assert result.model.total.shape == (4,)
+    assert type(result.model(x)) is Tensor
+
+
+def test_a_forward_that_is_a_closure_is_traced_on_the_model_itself() -> None:
+    model = conv_net()
+    first, inner = model[0], model[0].forward
+    first.forward = lambda x: inner(x) * first.weight.sum()       # type: ignore[method-assign]
+    graph = trace(model, torch.randn(2, 3, 6, 6))
+    assert graph.tensors["0.weight"] is first.weight
+    assert not graph.constants
 
 
 def test_a_model_frozen_or_in_half_precision_is_traced() -> None:
