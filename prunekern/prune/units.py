@@ -66,7 +66,8 @@ def make_units(groups: Groups, scores: Tensor, *, ignore: Tensor | None = None, 
         order = ids[scores[ids].argsort(stable=True)]
         sizes = torch.ones(len(order), dtype=torch.long)
         if round_to > 1 or not bundles.keys().isdisjoint(order.tolist()):
-            chunks = _rounded(_atoms(order, scores, bundles), family.channels, round_to)
+            step = round_to // gcd(round_to, _width(groups, family))
+            chunks = _rounded(_atoms(order, scores, bundles), family.channels, step)
             order = torch.cat(chunks) if chunks else order[:0]
             sizes = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.long)
         n = len(sizes)
@@ -85,6 +86,12 @@ def make_units(groups: Groups, scores: Tensor, *, ignore: Tensor | None = None, 
             best = units.score[mine].max()
             units.last[mine[units.score[mine] == best].max()] = True
     return units
+
+
+def _width(groups: Groups, family: Family) -> int:
+    """How many indices each group of a family owns on every axis it runs along: the width of a head, often 1."""
+    counts = [(groups.labels.axes[m.name, m.axis] == family.groups[0]).sum() for m in family.members]
+    return gcd(*(int(count) for count in counts))
 
 
 def _atoms(ids: Tensor, scores: Tensor, bundles: dict[int, Tensor]) -> list[Tensor]:

@@ -76,23 +76,44 @@ def test_ignored_channels_are_in_no_unit_and_free_the_last() -> None:
     assert bool((units.of[ignore] == -1).all())
 
 
-@pytest.mark.parametrize(("width", "round_to", "kept"), [
-    (8, 4, [4]), (13, 4, [12, 8, 4]), (13, 8, [8]), (6, 8, []), (8, 8, []), (7, 1, [6, 5, 4, 3, 2, 1]), (9, 3, [6, 3]),
-])
-def test_round_to(width: int, round_to: int, kept: list[int]) -> None:
-    """Kept channels are multiples, or what was there; a family narrower than that is left alone."""
-    groups = chain(3, width, 2)
+def kept_after(groups: Groups, round_to: int) -> list[int]:
+    """What the first family keeps after each unit that may leave."""
     units = make_units(groups, scores_of(groups), round_to=round_to)
     family = groups.families[0]
     chosen, found = torch.zeros(len(units), dtype=torch.bool), []
     for unit in (~units.last).nonzero()[:, 0].tolist():
         chosen[unit] = True
         found.append(int((~units.removed(chosen))[family.groups].sum()))
-    assert found == kept
+    return found
+
+
+@pytest.mark.parametrize(("width", "round_to", "kept"), [
+    (8, 4, [4]), (13, 4, [12, 8, 4]), (13, 8, [8]), (6, 8, []), (8, 8, []), (7, 1, [6, 5, 4, 3, 2, 1]), (9, 3, [6, 3]),
+])
+def test_round_to(width: int, round_to: int, kept: list[int]) -> None:
+    """Kept channels are multiples, or what was there; a family narrower than that is left alone."""
+    assert kept_after(chain(3, width, 2), round_to) == kept
 
 
 @pytest.mark.parametrize("name", ["resnext", "grouped_uneven", "branches_grouped", "shufflenet_v1",
                                   "channel_shuffle_module", "autoencoder", "split_attention"])
+@pytest.mark.parametrize(("round_to", "kept"), [
+    (1, [8, 7, 6, 5, 4, 3, 2, 1]), (4, [8, 7, 6, 5, 4, 3, 2, 1]), (8, [8, 6, 4, 2]), (6, [6, 3])])
+def test_round_to_counts_the_channels_of_heads(round_to: int, kept: list[int]) -> None:
+    """Nine heads of four channels: a head more or less is four of them."""
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(6, 108), nn.Linear(36, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).reshape(-1, 7, 3, 9, 4).permute(2, 0, 3, 1, 4)
+            return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 7, 36))
+    groups = groups_of(Attention().eval(), torch.randn(2, 7, 6))
+    assert [family.channels for family in groups] == [9]
+    assert kept_after(groups, round_to) == kept
+
+
 @pytest.mark.parametrize("round_to", [1, 2])
 def test_balanced_networks(name: str, round_to: int) -> None:
     groups = zoo(name)
