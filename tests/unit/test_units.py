@@ -95,8 +95,6 @@ def test_round_to(width: int, round_to: int, kept: list[int]) -> None:
     assert kept_after(chain(3, width, 2), round_to) == kept
 
 
-@pytest.mark.parametrize("name", ["resnext", "grouped_uneven", "branches_grouped", "shufflenet_v1",
-                                  "channel_shuffle_module", "autoencoder", "split_attention"])
 @pytest.mark.parametrize(("round_to", "kept"), [
     (1, [8, 7, 6, 5, 4, 3, 2, 1]), (4, [8, 7, 6, 5, 4, 3, 2, 1]), (8, [8, 6, 4, 2]), (6, [6, 3])])
 def test_round_to_counts_the_channels_of_heads(round_to: int, kept: list[int]) -> None:
@@ -114,6 +112,8 @@ def test_round_to_counts_the_channels_of_heads(round_to: int, kept: list[int]) -
     assert kept_after(groups, round_to) == kept
 
 
+@pytest.mark.parametrize("name", ["resnext", "grouped_uneven", "branches_grouped", "shufflenet_v1",
+                                  "channel_shuffle_module", "autoencoder", "split_attention"])
 @pytest.mark.parametrize("round_to", [1, 2])
 def test_balanced_networks(name: str, round_to: int) -> None:
     groups = zoo(name)
