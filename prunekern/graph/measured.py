@@ -25,7 +25,10 @@ ASSUMED = ("the forward reads {} numbers out of its integer inputs (sizes, most 
 
 
 def measured(graph: Graph) -> dict[Any, int]:
-    """The value on the example inputs of every symbol that stands for a size made by the data (runs the graph)."""
+    """The value on the example inputs of every symbol that stands for a size made by the data (runs the graph).
+
+    At least 2: an axis of 1 could be taken for a broadcast one, and one of 0 holds no labels.
+    """
     if not any(symbol for node in graph.nodes for symbol in _symbols(node.meta.get("val"))):
         return {}
     found: dict[Any, int] = {}
@@ -33,7 +36,7 @@ def measured(graph: Graph) -> dict[Any, int]:
     def after(node: torch.fx.Node, value: Any) -> None:
         for symbol, number in zip(_sizes(node.meta.get("val")), _sizes(value), strict=False):
             if isinstance(symbol, torch.SymInt) and free_unbacked_symbols(symbol) == {symbol.node.expr}:
-                found.setdefault(symbol.node.expr, int(number))
+                found.setdefault(symbol.node.expr, max(2, int(number)))
     state = {name: tensor.detach() for name, tensor in graph.tensors.items()}
     with torch.no_grad():
         evaluate(graph, state, graph.args, graph.kwargs, after=after)

@@ -258,7 +258,8 @@ def _parameters_cut(step: Step, after: Lane, rest: Tensor, out: Tensor, weights:
 
 
 def _reweighted(step: Step, old: Tensor, new: Tensor, weights: Weights, epilogue: Epilogue = NO_EPILOGUE) -> Step:
-    macs = Dim(*(count * new.numel() // old.numel() for count in (step.macs.scale, step.macs.offset)))
+    macs = replace(step.macs, scale=step.macs.scale * new.numel() // old.numel(),
+                   offset=step.macs.offset * new.numel() // old.numel())
     name = weights.add(f"{step.name}.weight", new)
     return replace(step, weights={**step.weights, "weight": name}, epilogue=epilogue, macs=macs)
 

@@ -24,7 +24,7 @@ from prunekern.graph.parts import ghost
 from prunekern.prune.reference import masked_outputs, replaced, restricting, same_dice
 from prunekern.prune.rewrite import ORIGIN
 from prunekern.prune.slice import sliced_tensors
-from prunekern.prune.widen import widened
+from prunekern.prune.widen import default_dtype, widened
 
 LIMIT = 1e-9          # fp64, relative to max|output|; real slips are of the order of 1
 TEETH = 1e-9          # a channel more or less must move the twin's output by at least this share
@@ -64,7 +64,7 @@ def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: 
 
     Raises ProofError where neither is; PlanError where a predicted shape does not come true.
     """
-    with widened(groups.graph):
+    with widened(groups.graph), default_dtype(torch.float64):
         return _prove(groups, keep, graph_form, class_form, seed)
 
 
@@ -221,10 +221,9 @@ def difference(outputs: list[Any], reference: list[Any]) -> float:
 
 @contextlib.contextmanager
 def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Run a module on the given values of its state, on its own for the others, all in one dtype, also what its
-    forward makes without saying of what dtype; then give it its own back."""
+    """Run a module on the given values of its state, on its own for the others, all in one dtype; then give it its
+    own back."""
     slots = [(t, t.data) for t in [*module.parameters(), *module.buffers()]]
-    usual = torch.get_default_dtype()
     by_name = {**tensors, **{alias: tensors[name] for alias, name in groups.graph.tied.items() if name in tensors}}
     try:
         everything = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -233,10 +232,8 @@ def _lent(module: nn.Module, groups: Groups, tensors: Mapping[str, Tensor], dtyp
                 tensor.data = by_name[name].clone()
             elif tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
-        torch.set_default_dtype(dtype)
         yield
     finally:
-        torch.set_default_dtype(usual)
         for tensor, data in slots:
             tensor.data = data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,6 +27,17 @@ class Widened(TorchDispatchMode):
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in NARROW else dtype
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What ``torch.zeros(3)`` and the like make, in a forward and in its graph."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def widened(graph: Graph) -> AbstractContextManager[Any]:

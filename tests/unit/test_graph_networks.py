@@ -40,7 +40,8 @@ class Mean(nn.Module):
         messages = self.lin(x).index_select(0, edges[0])
         index = edges[1].view(-1, 1).expand_as(messages)
         total = x.new_zeros(x.shape[0], messages.shape[1]).scatter_add_(0, index, messages)
-        degree = x.new_zeros(x.shape[0]).scatter_add_(0, edges[1], x.new_ones(edges.shape[1]))
+        degree = torch.zeros(x.shape[0])                 # of the default type, and then of its type by name
+        degree = degree.scatter_add_(0, edges[1], torch.ones(edges.shape[1], dtype=degree.dtype))
         return total / degree.clamp(min=1).pow_(0.5).unsqueeze(1)
 
 
