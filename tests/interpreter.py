@@ -48,6 +48,30 @@ class Scale(nn.Module):
         return x * self.factor
 
 
+class Scan(nn.Module):
+    """A recurrent layer along the positions of a map, row by row."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.layer(x.flatten(2).transpose(1, 2))
+        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Twice(nn.Module):
+    """A cell on one input, from zeros and from what came out."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.cell(x, self.cell(x))
+        return state if isinstance(state, Tensor) else state[0]
+
+
 def cat(*parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
@@ -209,6 +233,16 @@ class Builder:
     @singledispatchmethod
     def emit(self, block: spec_.Block, x: int, keep: bool) -> int:
         raise TypeError(f"no rule for {block}")
+
+    @emit.register
+    def _(self, block: spec_.Recur, x: int, keep: bool) -> int:
+        channels = self.values[x].channels
+        if self.dims == 0:
+            cell = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}[block.kind]
+            return self.layer(lambda: Twice(cell(channels, block.width)), x, channels=block.width)
+        kind = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}[block.kind]
+        make = partial(kind, channels, block.width, block.layers, batch_first=True, bidirectional=block.both)
+        return self.layer(lambda: Scan(make()), x, channels=block.width * (1 + block.both))
 
     @emit.register
     def _(self, block: spec_.Conv, x: int, keep: bool) -> int:

@@ -114,6 +114,16 @@ class Grow(Block):
 
 
 @dataclass(frozen=True)
+class Recur(Block):
+    """A recurrent layer along the positions of a map, row by row; a cell, called twice, where there are none."""
+
+    kind: str = _one_of("gru", "lstm", "rnn")
+    width: int = _one_of(4, 3, 5, 6, 7)
+    layers: int = _one_of(1, 1, 2)
+    both: bool = _one_of(False, True)
+
+
+@dataclass(frozen=True)
 class Split(Block):
     """The channels are split at a literal, the blocks are applied to one part, all is concatenated."""
 
@@ -155,7 +165,7 @@ class Twice(Block):
     body: tuple[Block, ...] = _blocks(1, 2)
 
 
-LEAVES: tuple[type[Block], ...] = (Conv, Conv, Conv, Activate, Pool, Gate, Gate, Shuffle, Move, Slice, Grow)
+LEAVES: tuple[type[Block], ...] = (Conv, Conv, Conv, Activate, Pool, Recur, Gate, Gate, Shuffle, Move, Slice, Grow)
 NESTED: tuple[type[Block], ...] = (Split, Residual, Residual, Cat, Cat, Merge, Twice)
 
 

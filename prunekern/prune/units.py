@@ -178,7 +178,7 @@ def _one_partition(counts: list[np.ndarray]) -> bool:
         row = np.where(count.sum(1) > 0, count.argmax(1), -1)
         if first is None:
             first = row
-        elif len(np.unique(np.stack((first, row)), axis=1).T) != max(len(np.unique(first)), len(np.unique(row))):
+        elif len(np.unique(np.stack((first, row)), axis=1).T) != min(len(np.unique(first)), len(np.unique(row))):
             return False
     return True
 

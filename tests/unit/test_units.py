@@ -253,3 +253,24 @@ def test_equal_scores_leave_in_order() -> None:
     assert units.last.tolist() == [False] * 5 + [True]
     mine, held = units.within(groups.families[0])
     assert (mine.tolist(), held.tolist()) == ([0, 1, 2, 3, 4], [1] * 5)
+
+
+class Ways(nn.Module):
+    """Both directions of a layer keep as many units; of one of them, every group of a convolution does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 6, bidirectional=True, batch_first=True)
+        self.grouped, self.last = nn.Conv1d(6, 9, 1, groups=3), nn.Conv1d(15, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        forth, back = self.gru(x)[0].transpose(1, 2).split(6, 1)
+        return self.last(torch.cat((self.grouped(forth), back), 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_within_rows(seed: int) -> None:
+    groups = groups_of(Ways().eval(), torch.randn(2, 5, 4))
+    units = make_units(groups, scores_of(groups, seed))
+    assert_sound(groups, units)
+    assert int(units.removed(~units.last).sum()) >= 6      # three units of either direction at once
