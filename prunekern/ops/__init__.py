@@ -12,11 +12,12 @@ from prunekern.ops import (
     indexing,
     movement,
     norm,
+    pieces,
     recurrent,
     scan,
     spatial,
 )
 
-FAMILIES = (contraction, einsum, attention, recurrent, norm, elementwise, spatial, movement, indexing, scan,
+FAMILIES = (contraction, einsum, attention, recurrent, norm, elementwise, spatial, movement, pieces, indexing, scan,
             experts)
 REGISTRY = Registry(rule for family in FAMILIES for rule in family.RULES)
