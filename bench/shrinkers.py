@@ -10,14 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from prunekern import Target, lower
+from prunekern import Target, lower, prune
 from prunekern.core.graph import target_name
-from prunekern.graph.groups import Groups, find_groups
+from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
-from prunekern.graph.labels import label
-from prunekern.graph.trace import trace
-from prunekern.ops import REGISTRY
-from prunekern.prune.oneshot import Clock, Pruned, cut, propose
+from prunekern.prune.oneshot import Clock
 
 HALF = Target(layers={"*": 0.5})
 Tell = Callable[[str], None]
@@ -29,19 +26,16 @@ class Shrunk:
 
     error: max|difference| / max|masked original| in fp64, all weights and statistics drawn at random. blunt: families
     of channels that this would not notice the loss of; teeth: share of the kept channels that it would. frozen: what
-    holds channels back, most channels first. facts: whatever else is worth keeping.
+    holds channels back, most channels first, or None from a library that does not say. facts: whatever else is worth
+    keeping.
     """
 
     model: nn.Module
     error: float
-    teeth: float = 1.0
+    teeth: float | None = None
     blunt: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[str, ...] | None = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-class NothingToPrune(Exception):
-    """Every channel has to stay; the message says what holds them."""
 
 
 class Stages(Clock):
@@ -61,23 +55,9 @@ class Stages(Clock):
         self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
 
 
-def prune_half(model: nn.Module, inputs: Any, stages: Stages | None = None) -> Pruned:
-    """``prunekern.prune`` to half of every family, its steps one by one."""
-    stages = stages or Stages()
-    with stages("trace"):
-        graph = trace(model, inputs)
-    with stages("label"):
-        groups = find_groups(label(graph, REGISTRY))
-    if not groups.families:
-        raise NothingToPrune("; ".join(held_back(groups)[:3]) or "every channel reaches the output")
-    with stages("plan"):
-        plan, keep = propose(groups, HALF, ranking="layer")
-    return cut(model, groups, keep, plan, clock=stages)
-
-
 def prunekern(model: nn.Module, call: Call, stages: Stages) -> Shrunk:
     """This library: prune, prove, lower."""
-    pruned = prune_half(model, call, stages)
+    pruned = prune(model, call, HALF, ranking="layer", clock=stages)
     with stages("lower"):
         lower(pruned.model, call, backend="reference")
     proof, groups, keep = pruned.proof, pruned.groups, pruned.keep
@@ -97,4 +77,12 @@ def held_back(groups: Groups) -> tuple[str, ...]:
 
 
 Shrinker = Callable[[nn.Module, Call, Stages], Shrunk]
-SHRINKERS: dict[str, Shrinker] = {"prunekern": prunekern}
+OURS, PEERS = "prunekern", ("torch-pruning",)
+
+
+def shrinker(library: str) -> Shrinker:
+    """The pruner of that name. Raises ImportError where it is not installed."""
+    if library == OURS:
+        return prunekern
+    from bench.peer_torch_pruning import torch_pruning
+    return torch_pruning

@@ -39,11 +39,10 @@ from rich.text import Text  # noqa: E402
 from bench import zoo_child, zoo_table  # noqa: E402
 from bench.architectures import ZOOS  # noqa: E402
 from bench.latency import comma_list  # noqa: E402
+from bench.shrinkers import OURS, PEERS  # noqa: E402
 from prunekern.core.files import write_text  # noqa: E402
 
 SCHEMA = 1
-OURS = "prunekern"
-PEERS = ("torch-pruning",)
 CAPS = {OURS: 120.0}
 PEER_CAP = 120.0
 BUILD = 120.0                           # seconds that a network may take to be built and run once

@@ -16,22 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from bench.architectures import Architecture
-from bench.shrinkers import SHRINKERS, NothingToPrune, Shrunk, Stages, Tell
+from bench.shrinkers import Shrunk, Stages, Tell, shrinker
+from prunekern.errors import InputError, PlanError
 from prunekern.graph.inputs import Call, as_call
 
 SHARE = 0.60            # of the MACs, at most, with half of the channels
 ERROR = 1e-6            # fp64, relative to max|output|
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-KINDS = {"plan": "slice", "rewrite": "slice", "prove": "proof"}     # stage -> kind of failure, where not the same
+KINDS = {"plan": "slice", "rewrite": "slice", "prove": "proof", "check": "run"}  # stage -> kind of failure
 
 
 @dataclass(frozen=True)
 class Case:
-    """What became of a network. kind: where it failed ('trace', 'label', 'slice', 'proof', 'teeth', 'shape', 'lower',
-    'time', 'crash'). ratio: MACs after over before. seconds: by stage. facts: see ``Shrunk``."""
+    """What became of a network. kind: where it failed ('trace', 'label', 'slice', 'run', 'shape', 'proof', 'teeth',
+    'ratio', 'lower', 'time', 'crash'). ratio: MACs after over before. seconds: processor time by stage. facts: see
+    ``Shrunk``."""
 
     zoo: str
     name: str
@@ -64,18 +67,19 @@ def examine(architecture: Architecture, library: str, tell: Tell) -> Case:
         return Case(**base, status="SKIP", reason=first_line(error))
     stages = Stages(tell)
     try:
-        shrunk = SHRINKERS[library](model, call, stages)
-        stages.tell("check")
-        found, left = measured(shrunk.model, call)
-    except NothingToPrune as nothing:
-        return Case(**base, status="EXPLAINED", reason=str(nothing), ratio=1.0, macs=macs, seconds=stages.seconds)
+        shrunk = shrinker(library)(model, call, stages)
+        with stages("check"):
+            found, left = measured(shrunk.model, call)
     except Exception as error:
-        kind = next(reversed(stages.seconds), "crash")
-        return Case(**base, status="FAIL", kind=KINDS.get(kind, kind), reason=first_line(error), macs=macs,
+        stage = next(reversed(stages.seconds), "crash")
+        if isinstance(error, InputError) and stage == "plan":       # nothing may go, and the message says what holds it
+            return Case(**base, status="EXPLAINED", reason=str(error), ratio=1.0, macs=macs, seconds=stages.seconds)
+        kind = "shape" if stage == "prove" and isinstance(error, PlanError) else KINDS.get(stage, stage)
+        return Case(**base, status="FAIL", kind=kind, reason=first_line(error), macs=macs,
                     seconds=stages.seconds, facts={"traceback": traceback.format_exc()[-3000:]})
     status, kind, reason = verdict(shrunk, shapes == found, left / macs if macs else 1.0)
     return Case(**base, status=status, kind=kind, reason=reason, ratio=left / macs if macs else 1.0, macs=macs,
-                error=shrunk.error, teeth=shrunk.teeth, blunt=shrunk.blunt, frozen=shrunk.frozen,
+                error=shrunk.error, teeth=shrunk.teeth, blunt=shrunk.blunt, frozen=shrunk.frozen or (),
                 seconds=stages.seconds, facts=shrunk.facts)
 
 
@@ -85,10 +89,12 @@ def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, 
         return "FAIL", "shape", "the outputs have other shapes than the original's"
     if not shrunk.error < ERROR:
         return "FAIL", "proof", f"differs from the masked original by {shrunk.error:.1e}"
-    if shrunk.blunt and shrunk.teeth == 0:
+    if shrunk.blunt and not shrunk.teeth:
         return "FAIL", "teeth", "no channel's loss would be noticed: " + ", ".join(shrunk.blunt[:5])
+    if ratio > SHARE and shrunk.frozen is None:
+        return "FAIL", "ratio", f"{ratio:.2f} of the MACs remain, and nothing says why"
     if ratio > SHARE:
-        return "EXPLAINED", "", "; ".join(shrunk.frozen[:3]) or "inputs and outputs hold the rest"
+        return "EXPLAINED", "", "; ".join(shrunk.frozen[:3]) or "inputs and outputs hold the rest"  # type: ignore[index]
     return "PASS", "", ""
 
 
@@ -108,14 +114,30 @@ def measured(model: nn.Module, call: Call) -> tuple[list[Any], float]:
     hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, RECURRENT)]
     try:
         given = call.map(Tensor.clone)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with Multiplications() as counter, sdpa_kernel(SDPBackend.MATH):
             outputs = model(*given.args, **given.kwargs)
     finally:
         for hook in hooks:
             hook.remove()
     leaves = pytree.tree_leaves(outputs)
     return ([tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
-            counter.get_total_flops() / 2 + extra[0])
+            counter.total + extra[0])
+
+
+class Multiplications(TorchDispatchMode):
+    """torch's closed formulas for contractions, summed over a run. (``FlopCounterMode`` also follows modules, which
+    some forwards do not bear.)"""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out) / 2
+        return out
 
 
 def first_line(error: BaseException) -> str:

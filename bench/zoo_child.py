@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -46,9 +45,10 @@ def main(pipe: connection.Connection, zoo: str, name: str, library: str, build: 
         if stage == "trace":
             limit(time.process_time() + cap, "RLIMIT_CPU")
         pipe.send(stage)
-    with open(os.devnull, "w") as nothing:
-        sys.stdout = sys.stderr = nothing
-        pipe.send(examine(architectures(zoo)[name], library, tell).to_json())
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+    pipe.send(examine(architectures(zoo)[name], library, tell).to_json())
 
 
 def limit(most: float, what: str) -> None:

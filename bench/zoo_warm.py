@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bench.shrinkers import prune_half
+from prunekern import prune
 
 torch.set_num_threads(1)
 _NETWORK = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
                          nn.Linear(128, 4)).eval()
-prune_half(_NETWORK, torch.randn(2, 3, 8, 8))
+prune(_NETWORK, torch.randn(2, 3, 8, 8))

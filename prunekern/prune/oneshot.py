@@ -67,18 +67,18 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
           criterion: str | Criterion = "l2", reduction: Reduction = "mean", normalisation: Normalisation = "mean",
           direction: Direction = "minimum", ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
           policy: Asked = DEFAULT, calibrate: Any = None, loss: Callable[..., Tensor] | None = None,
-          groups: Groups | None = None, seed: int = 0) -> Pruned:
+          groups: Groups | None = None, seed: int = 0, clock: Clock | None = None) -> Pruned:
     """Shrink a network to a target and prove it equal to the masked original. The model is not modified.
 
     example_inputs: one batch as a tensor, tuple or dict. criterion: a name or a function (see
     ``prunekern.prune.importance``); reduction and normalisation: how a group's members and a family's groups
     are made comparable. ranking: 'global' or 'layer'. ignore: globs of layers left alone. round_to: channels
     kept are multiples of it. policy: which kinds of channels are candidates (see ``groups_of``; groups have theirs).
-    calibrate: batches for criteria that look at activations or gradients.
+    calibrate: batches for criteria that look at activations or gradients. clock: told of each stage as it begins.
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
     """
-    clock, target = Clock(), as_target(target)
+    clock, target = clock or Clock(), as_target(target)
     if groups is None:
         with clock("trace"):
             graph = trace(model, example_inputs)
