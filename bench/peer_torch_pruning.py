@@ -11,6 +11,7 @@ channels; here, in its favour, the reference normalises what is left, too.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -143,7 +144,7 @@ def random_like(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor
     """Weights at a scale that keeps activations sane; scales and variances positive."""
     drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     if tensor.dim() >= 2:
-        return drawn * (1.5 * tensor.shape[0] / max(1, tensor.numel())) ** 0.5
+        return drawn * math.sqrt(1.5 * tensor.shape[0] / max(1, tensor.numel()))
     return 0.3 * drawn if name.endswith(("bias", "running_mean")) else drawn.abs().clamp(0.3, 1.7)
 
 

@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench.architectures import Architecture
-from bench.shrinkers import Shrunk, Stages, Tell, shrinker
+from bench.shrinkers import OURS, Shrunk, Stages, Tell, shrinker
 from prunekern.errors import InputError, PlanError
 from prunekern.graph.inputs import Call, as_call
 
 SHARE = 0.60            # of the MACs, at most, with half of the channels
 ERROR = 1e-6            # fp64, relative to max|output|
+PEER_SECONDS = 20.0     # that a peer may take to prune, proofs apart
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 KINDS = {"plan": "slice", "rewrite": "slice", "prove": "proof", "check": "run"}  # stage -> kind of failure
 
@@ -77,6 +78,9 @@ def examine(architecture: Architecture, library: str, tell: Tell) -> Case:
         kind = "shape" if stage == "prove" and isinstance(error, PlanError) else KINDS.get(stage, stage)
         return Case(**base, status="FAIL", kind=kind, reason=first_line(error), macs=macs,
                     seconds=stages.seconds, facts={"traceback": traceback.format_exc()[-3000:]})
+    if library != OURS and sum(stages.seconds.get(stage, 0.0) for stage in ("trace", "slice")) > PEER_SECONDS:
+        return Case(**base, status="FAIL", kind="time", reason=f"more than {PEER_SECONDS:g} s", macs=macs,
+                    seconds=stages.seconds)
     status, kind, reason = verdict(shrunk, shapes == found, left / macs if macs else 1.0)
     return Case(**base, status=status, kind=kind, reason=reason, ratio=left / macs if macs else 1.0, macs=macs,
                 error=shrunk.error, teeth=shrunk.teeth, blunt=shrunk.blunt, frozen=shrunk.frozen or (),

@@ -27,7 +27,7 @@ def names(zoo: str) -> list[str]:
 def facts(zoos: Sequence[str], arguments: Sequence[str]) -> dict[str, Any]:
     """Where and of what the figures of a run are."""
     found = machine.environment(torch.device("cpu"))
-    packages = [*(PACKAGES[zoo] for zoo in zoos), "torch-pruning"]
+    packages = [*(PACKAGES[zoo] for zoo in zoos if zoo in PACKAGES), "torch-pruning"]
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found["versions"][name] = metadata.version(name)

@@ -18,6 +18,7 @@ from torch import nn
 PACKAGES = {"pytorchcv": "pytorchcv", "torchvision": "torchvision", "timm": "timm", "transformers": "transformers",
             "pyg": "torch_geometric"}
 ZOOS = tuple(PACKAGES)
+OWN = "own"             # the test-suite's hand-built networks: no library is needed
 BATCH = 2
 Inputs = Any            # a tensor, a tuple of positional or a dict of keyword arguments
 Builder = Callable[[], tuple[nn.Module, Inputs]]
