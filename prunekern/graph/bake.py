@@ -7,7 +7,7 @@ frees channels, the graph gets the computed tensor as a parameter of its own, an
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -102,11 +102,8 @@ def bake(graph: Graph, chosen: list[fx.Node]) -> tuple[Graph, dict[fx.Node, str]
     dropped = {name for node in graph.nodes if (name := graph.fqn(node)) and node not in kept} \
         - {name for node in kept if (name := graph.fqn(node))}
     values = _values(graph, computed, chosen)
-    names: dict[fx.Node, str] = {}
-    for node in chosen:
-        taken = {*graph.tensors, *graph.tied} - dropped
-        names[node] = _free_name(_wish(graph, node), taken.union(names.values()))
-    baked = {names[node]: _tensor(graph, node, values[node]) for node in chosen}
+    names = _names(graph, chosen, values, {*graph.tensors, *graph.tied} - dropped)
+    baked = {name: _tensor(graph, node, values[node]) for node, name in names.items()}
     tied = {alias: name for alias, name in graph.tied.items() if name not in dropped}
     gone = dropped | (graph.tied.keys() - tied.keys())
     tensors = {name: tensor for name, tensor in graph.tensors.items() if name not in dropped} | baked
@@ -124,11 +121,25 @@ def bake(graph: Graph, chosen: list[fx.Node]) -> tuple[Graph, dict[fx.Node, str]
 def _kept(graph: Graph, computed: set[fx.Node], chosen: Collection[fx.Node]) -> set[fx.Node]:
     """All nodes but those that only the chosen ones needed."""
     kept: set[fx.Node] = set()
+    read = {graph.fqn(node) for node in graph.nodes if node.users}
     for node in reversed(graph.nodes):
-        own = node not in computed and (graph.fqn(node) is None or not node.users)     # unread state stays
+        own = node not in computed and (graph.fqn(node) is None or graph.fqn(node) not in read)   # unread state stays
         if node not in chosen and (own or any(user in kept for user in node.users)):
             kept.add(node)
     return kept
+
+
+def _names(graph: Graph, chosen: list[fx.Node], values: Mapping[fx.Node, Tensor],
+           taken: set[str]) -> dict[fx.Node, str]:
+    """A name for each; one name for what is computed twice (for a layer that is called twice)."""
+    names: dict[fx.Node, str] = {}
+    made_of = {node: set(_sources(graph, node)) for node in chosen}
+    for node in chosen:
+        same = (other for other in names if made_of[other] == made_of[node]
+                and values[other].shape == values[node].shape and torch.equal(values[other], values[node]))
+        twin = next(same, None)
+        names[node] = _free_name(_wish(graph, node), taken.union(names.values())) if twin is None else names[twin]
+    return names
 
 
 def _rebuilt(graph: Graph, kept: set[fx.Node], chosen: list[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

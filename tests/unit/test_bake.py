@@ -187,6 +187,29 @@ def test_raw_weights_that_are_read_elsewhere_stay() -> None:
                       "out.weight": (4, 4, 1, 1), "out.bias": (4,), "table": (4, 3, 3)}
 
 
+class Shared(nn.Module):
+    """A normalised layer under two names that is called twice, and whose weight is read once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = (parametrizations.spectral_norm(nn.Conv2d(a, 8, 3, padding=1)) for a in (3, 8))
+        self.alias, self.out = self.again, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.again(F.relu(self.first(x))))
+        return self.out(F.conv2d(self.alias(x), self.again.weight))
+
+
+def test_a_weight_computed_twice_is_baked_once(tmp_path: Path) -> None:
+    result = pk.compress(Shared().eval(), X, HALF)
+    assert {name: tuple(p.shape) for name, p in result.model.named_parameters()} == {
+        "first.weight": (4, 3, 3, 3), "first.bias": (4,), "again.weight": (4, 4, 3, 3), "again.bias": (4,),
+        "out.weight": (4, 4, 1, 1), "out.bias": (4,)}
+    assert any(note.startswith("baked: 'first.weight', 'again.weight'. The") for note in result.notes)
+    result.save(tmp_path)
+    assert torch.equal(pk.load(tmp_path).model(X), result.model(X))
+
+
 class Random(nn.Module):
     def __init__(self) -> None:
         super().__init__()
