@@ -34,6 +34,8 @@ def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...],
         if node.op == "placeholder":
             name = graph.state.get(node.name)
             env[node] = given[node.name] if name is None else tensors[name]
+        elif node.op == "get_attr":                    # a region that an operator runs, under autocasting say
+            env[node] = getattr(graph.fx.owning_module, str(node.target))
         elif node.op == "output":
             outputs: Any = fx.node.map_arg(node.args[0], env.__getitem__)
             return list(outputs)

@@ -1,4 +1,5 @@
-"""``with torch.no_grad():`` inside a forward: torch.export makes such a part a graph of its own; here it joins."""
+"""``with torch.no_grad():`` or ``torch.autocast(..., enabled=False)`` inside a forward: torch.export makes such a
+part a graph of its own; here it joins."""
 
 from __future__ import annotations
 
@@ -10,19 +11,22 @@ from torch import fx
 
 
 def inline_grad_modes(module: fx.GraphModule) -> fx.Graph:
-    """The module's graph, in place, with every region of another gradient mode made part of it.
+    """The module's graph, in place, with every region of another gradient mode or without autocasting made part of it.
 
-    Gradient modes change no value, so the graph computes what it did.
+    Neither changes a value (a network is captured outside of autocasting), so the graph computes what it did.
     """
     graph = module.graph
     for node in list(graph.nodes):
-        if getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled":
-            _inline(graph, node, getattr(module, str(node.args[1].target)))
+        kind = getattr(node.target, "__name__", "")
+        place = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(kind)
+        if place is not None and not (kind == "wrap_with_autocast" and node.args[2]):
+            _inline(graph, node, place, getattr(module, str(node.args[place].target)))
     return graph
 
 
-def _inline(graph: fx.Graph, node: fx.Node, region: fx.GraphModule) -> None:
-    given: Iterator[Any] = iter(node.args[2:])
+def _inline(graph: fx.Graph, node: fx.Node, place: int, region: fx.GraphModule) -> None:
+    """place: of the region among the node's arguments; its inputs come after it."""
+    given: Iterator[Any] = iter(node.args[place + 1:])
     values: dict[fx.Node, fx.Node] = {}
     outputs: tuple[fx.Node, ...] = ()
     with graph.inserting_before(node):
@@ -35,10 +39,10 @@ def _inline(graph: fx.Graph, node: fx.Node, region: fx.GraphModule) -> None:
                 values[inner] = graph.node_copy(inner, values.__getitem__)
     for user in list(node.users):
         if user.target is not operator.getitem:
-            raise NotImplementedError(f"{user} reads a whole region of another gradient mode")
+            raise NotImplementedError(f"{user} reads a whole region of another mode")
         user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
         graph.erase_node(user)
-    handle = node.args[1]
+    handle = node.args[place]
     graph.erase_node(node)
     if isinstance(handle, fx.Node) and not handle.users:
         graph.erase_node(handle)

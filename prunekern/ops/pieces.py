@@ -105,24 +105,30 @@ class Split(Move):
 
 
 class Slice(Move):
-    """slice, narrow, select: positions count among what survives."""
+    """slice, narrow, select: positions count among what survives. Where every n-th is taken, blocks of n leave."""
 
     matches = aten("slice.Tensor", "narrow.default", "select.int")
     samples: ClassVar[tuple[Sample, ...]] = (
         sample(lambda x: x[:, :4], "first channels", MAP), sample(lambda x: x[:, 2:], "last channels", MAP),
         sample(lambda x: x[:, 1:-1].narrow(1, 1, 2), "narrow", MAP),
         sample(lambda x: x[:, :, ::2, 1:], "strided rows", MAP),
-        sample(lambda x: x[:, ::2], "every other channel", MAP, prunable=False),
+        sample(lambda x: x[:, ::2], "every other channel", MAP),
+        sample(lambda x: x[:, 3:6:2], "every other one of some", MAP),
         sample(lambda x: x + x[:, 2:3], "one channel for all", MAP),
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         axis = argument(node, 1, "dim", 0) % len(tape.shape(node.args[0]))  # type: ignore[arg-type]
-        if "slice" in str(node.target) and argument(node, 4, "step", 1) != 1:
-            for plane in tape.planes(node.args[0]):
+        if self._step(node) != 1:
+            for plane in map(compact, tape.planes(node.args[0])):
                 if axis in varying(plane):
-                    tape.freeze(node, plane, "it takes every n-th channel")
+                    block = torch.arange(plane.shape[axis]) // self._step(node) * self._step(node)
+                    tape.unify(plane, plane.index_select(axis, block))
         super().label(node, tape)
+
+    @staticmethod
+    def _step(node: fx.Node) -> int:
+        return argument(node, 4, "step", 1) if "slice" in str(node.target) else 1  # type: ignore[no-any-return]
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
         x: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -143,8 +149,9 @@ class Slice(Move):
         if "narrow" in name:
             start, size = count(node.args[2]), count(node.args[2] + node.args[3])  # type: ignore[arg-type,operator]
             return node.target, (x, axis, start, size - start), {}
-        start, end = argument(node, 2, "start", 0) or 0, argument(node, 3, "end", None)
-        return node.target, (x, axis, count(start), count(length if end is None else end)), {}
+        start, end, step = argument(node, 2, "start", 0) or 0, argument(node, 3, "end", None), self._step(node)
+        within = max(start, start + length if start < 0 else 0) % step     # its place in its block
+        return node.target, (x, axis, count(start - within) + within, count(length if end is None else end), step), {}
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
         x: fx.Node = node.args[0]  # type: ignore[assignment]
