@@ -24,7 +24,7 @@ from tests.weights import NORMS
 from tests.zoo import ZOO
 
 NOTHING = {
-    "constant_index": "no rule for this operator",                     # index, index_select
+    "constant_index": "looked up by an index",                         # x[:, order], where order is computed with, too
     "einsum": "contracted by an equation",
     "global_context": "multiplied as matrices",
     "gmlp": "normalises across channels",
@@ -40,6 +40,7 @@ NOTHING = {
 """Networks in which every channel stays, and a word of the reason that is given."""
 
 REWRITTEN = {
+    "channel_numbers": "x[:, [7, 6, 5, ...]]",
     "channels_last_flatten": "reshape to 7 * 36",
     "csp": "split((5, 5))",
     "dropped_channels": "narrow(1, 2, 7)",
@@ -47,6 +48,7 @@ REWRITTEN = {
     "generator": "view(-1, 8, 4, 4)",
     "ghost": "out[:, :11]",
     "glu": "reshape(-1, 2, 4)",
+    "graph_attention": "view(-1, 5, 4, 3)",
     "ibn": "split([5, 7])",
     "inplace_view": "x[:, :4] += ...",
     "maxout": "split(6)",
@@ -76,7 +78,16 @@ FAMILIES: dict[str, dict[str, int]] = {
     "generator": {"fc": 8, "up1": 6},                                  # 16 neurons are one channel
     "super_resolution": {"conv1": 8, "conv2": 6},                      # four channels are one of the image
     "space_to_depth": {"conv1.0": 7, "conv2.0": 6},
-    "segnet": {"enc2.0": 9},                                           # unpooling is unknown, and named
+    "segnet": {"enc1.0": 6, "enc2.0": 9},                              # unpooling writes each channel's maxima back
+    "graph_convolution": {"fc1": 12, "fc2": 10},                       # messages along edges keep channels apart
+    "graph_attention": {"fc": 4},                                      # whole heads
+    "neighbours": {"embed": 9, "edge": 8},
+    "channel_order": {"conv1.0": 8, "conv2.0": 8},                     # the order is cut and renumbered
+    "written_places": {"conv1.0": 8, "conv3": 5},                      # one map is written into another
+    "global_filter": {"conv1.0": 8, "conv2.0": 6},
+    "unfold_fold": {"conv.0": 6, "mix.0": 5},                          # nine columns are one channel
+    "sampled": {"conv.0": 7},                                          # what says where to read stays
+    "embedding_bag": {"bag": 8, "fc": 9},
     "shufflenet_v1": {"stem.0": 12, "gconv1.0": 2},
     "dense_block": {"stem": 6, "layers.0.2": 4, "layers.1.2": 4, "layers.2.2": 4, "transition.2": 9},
     "fpn": {"stages.0.0": 6, "stages.1.0": 8, "stages.2.0": 10, "lateral.2": 7},
