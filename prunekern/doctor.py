@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -291,13 +292,15 @@ class _Scene:
     def _channels(self, node: fx.Node) -> np.ndarray:
         """The labels of the channels that a contraction issues."""
         planes = self.tape.memory.get(node, ())
-        flat = [compact(p).reshape(-1) for p in planes if not isinstance(planes, list)]
+        flat = [compact(p).reshape(-1) for p in (itertools.chain.from_iterable(planes) if isinstance(planes, list)
+                                                 else planes)]
         return torch.cat(flat).unique().numpy() if flat else np.zeros(0, dtype=np.int64)
 
     def _families_of(self, node: fx.Node) -> tuple[str, ...]:
         numbers: set[int] = set()
-        for item in self.labels.live.get(node, ()):
-            numbers |= set(np.unique(self.family_of[item[1].numpy()]).tolist())
+        live = self.labels.live.get(node, ())
+        for _, groups in itertools.chain.from_iterable(live) if isinstance(live, list) else live:
+            numbers |= set(np.unique(self.family_of[groups.numpy()]).tolist())
         return tuple(self.groups.families[n].name for n in sorted(numbers - {-1}))
 
     def _loose_of(self, nodes: Iterable[Any]) -> np.ndarray:
