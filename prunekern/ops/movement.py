@@ -137,6 +137,7 @@ class Expand(OpRule):
         sample(lambda x, y: x + y.expand_as(x), "expand_as", MAP, (2, 1, 5, 5)),
         sample(lambda x: x.repeat(1, 2, 1, 1), "repeat channels", MAP),
         sample(lambda x, y: x + y.repeat(1, 6, 1, 1), "repeat a map", MAP, (2, 1, 5, 5)),
+        sample(lambda x: x + x[:1, :, :, :1].tile(5), "tile the last axis", MAP),
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
@@ -166,6 +167,7 @@ class Expand(OpRule):
         if "expand" in name or "broadcast" in name:
             return node.target, (node.args[0], _resized(given, new)), {}
         old, shift = sizes.old(node.args[0]), len(new) - len(sizes.old(node.args[0]))  # type: ignore[arg-type]
+        given = [1] * (len(new) - len(given)) + given            # tile takes counts of the last axes alone
         times = [count if isinstance(count, fx.Node) or i < shift or old[i - shift] != 1 or new[i] is None else new[i]
                  for i, count in enumerate(given)]
         return node.target, (node.args[0], times), {}

@@ -128,7 +128,7 @@ class Slice(Move):
 
     @staticmethod
     def _step(node: fx.Node) -> int:
-        return argument(node, 4, "step", 1) if "slice" in str(node.target) else 1  # type: ignore[no-any-return]
+        return argument(node, 4, "step", 1) if "slice" in str(node.target) else 1
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
         x: fx.Node = node.args[0]  # type: ignore[assignment]
@@ -150,7 +150,7 @@ class Slice(Move):
             start, size = count(node.args[2]), count(node.args[2] + node.args[3])  # type: ignore[arg-type,operator]
             return node.target, (x, axis, start, size - start), {}
         start, end, step = argument(node, 2, "start", 0) or 0, argument(node, 3, "end", None), self._step(node)
-        within = max(start, start + length if start < 0 else 0) % step     # its place in its block
+        within = max(0, start + length if start < 0 else start) % step     # its place in its block
         return node.target, (x, axis, count(start - within) + within, count(length if end is None else end), step), {}
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
