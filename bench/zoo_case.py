@@ -104,44 +104,46 @@ def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, 
 
 @torch.no_grad()
 def measured(model: nn.Module, call: Call) -> tuple[list[Any], float]:
-    """Shapes of the tensors that a model gives (other outputs as they are), and its MACs on these inputs.
-
-    torch's counter, attention taken apart so that it is counted too; recurrent layers, which it does not know: a
-    multiply-accumulate for each weight, step and sample.
-    """
-    extra = [0.0]
-
-    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        data = args[0].data if isinstance(args[0], nn.utils.rnn.PackedSequence) else args[0]
-        weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
-        extra[0] += weights * data.numel() / data.shape[-1]
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, RECURRENT)]
-    try:
-        given = call.map(Tensor.clone)
-        with Multiplications() as counter, sdpa_kernel(SDPBackend.MATH):
-            outputs = model(*given.args, **given.kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    """Shapes of the tensors that a model gives (other outputs as they are), and its MACs on these inputs."""
+    given = call.map(Tensor.clone)
+    with Multiplications(model) as counter, sdpa_kernel(SDPBackend.MATH):       # takes attention apart
+        outputs = model(*given.args, **given.kwargs)
     leaves = pytree.tree_leaves(outputs)
-    return ([tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves],
-            counter.total + extra[0])
+    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves], counter.total
 
 
 class Multiplications(TorchDispatchMode):
-    """torch's closed formulas for contractions, summed over a run. (``FlopCounterMode`` also follows modules, which
-    some forwards do not bear.)"""
+    """torch's closed formulas for contractions, summed over a run; for recurrent layers, which it does not know, a
+    multiply-accumulate for each weight, step and sample. (``FlopCounterMode`` also follows modules, which some forwards
+    do not bear.)"""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0.0
+        self.total, self.paused, self.hooks = 0.0, False, list[Any]()
+        for module in model.modules():
+            if isinstance(module, RECURRENT):
+                self.hooks += [module.register_forward_pre_hook(self.enter), module.register_forward_hook(self.leave)]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        data = args[0].data if isinstance(args[0], nn.utils.rnn.PackedSequence) else args[0]
+        weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        self.total += weights * data.numel() / data.shape[-1]
+        self.paused = True
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = None if self.paused else flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out) / 2
         return out
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 def first_line(error: BaseException) -> str:
