@@ -30,7 +30,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:                     # run as a file; a plain checkout is enough, nothing need be installed
     sys.path[0] = str(ROOT)
-os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"      # before torch is loaded, here and in children
 
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
@@ -86,7 +85,6 @@ class Job:
     pipe: connection.Connection
     started: float = field(default_factory=time.monotonic)
     stage: str = "start"
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def limit(self) -> float:
@@ -126,6 +124,7 @@ class Job:
 
 def examine_all(keys: Sequence[Key], jobs: int) -> Iterator[Mapping[str, Any]]:
     """The case of every key, in the order in which they are finished."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"      # for the server and its children
     context = get_context("forkserver")         # what is imported once is there in every child
     zoos = dict.fromkeys(zoo for zoo, _, _ in keys)
     context.set_forkserver_preload(["bench.zoo_child", "bench.zoo_warm", *(f"bench.architectures.{z}" for z in zoos)])

@@ -237,12 +237,13 @@ def test_tables() -> None:
     def case(name: str, status: str, **more: Any) -> dict[str, Any]:
         return {"zoo": "timm", "name": name, "library": "prunekern", "status": status, **more}
     seconds = {"trace": 1.0, "label": 0.25, "plan": 0.25, "slice": 0.5, "prove": 3.0}
-    cases = [case("a", "PASS", seconds=seconds), case("b", "PASS", seconds={**seconds, "trace": 30.0}),
+    cases = [case("a", "PASS", seconds=seconds, facts={"form": "class"}),
+             case("b", "PASS", seconds={**seconds, "trace": 30.0}, facts={"form": "graph"}, blunt=["fc"]),
              case("c", "FAIL", kind="proof", reason="x | y\nz"), case("d", "EXPLAINED", ratio=0.8, reason="softmax"),
              case("e", "SKIP", reason="no")]
     run = {"versions": {"torch": "2"}, "device": "d", "date": "2026-01-01T00:00", "commit": "abc"}
     text = zoo_table.markdown({"runs": [run], "cases": cases}, "f.json")
-    assert "| prunekern | all | 2 | 1 | 1 | 4 of 5 | **50.0%** | 75.0% | proof 1 |" in text
+    assert "| prunekern | all | 2 | 1 | 1 | 4 of 5 | **50.0%** | 75.0% | 1 | 1 | proof 1 |" in text
     assert "| prunekern | 16.50 | 2.00 | 31.00 | 1 | – | 3.00 | – |" in text
     assert "| timm/c | proof |  | x \\| y z |" in text
     assert "| timm/d |  | 0.80 | softmax |" in text
