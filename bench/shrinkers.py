@@ -26,7 +26,7 @@ class Shrunk:
 
     error: max|difference| / max|masked original| in fp64, all weights and statistics drawn at random. blunt: families
     of channels that this would not notice the loss of; teeth: share of the kept channels that it would. frozen: what
-    holds channels back, most channels first, or None from a library that does not say. facts: whatever else is worth
+    holds channels back, most channels first, or None where the library does not say. facts: whatever else is worth
     keeping.
     """
 
@@ -62,7 +62,9 @@ def prunekern(model: nn.Module, call: Call, stages: Stages) -> Shrunk:
         lower(pruned.model, call, backend="reference")
     proof, groups, keep = pruned.proof, pruned.groups, pruned.keep
     stuck = [f.name for f in groups if int(keep[f.groups].sum()) > (f.channels + 1) // 2 and f.channels > 1]
-    return Shrunk(pruned.model, max(proof.twin_error, proof.real_error), proof.teeth, proof.blunt, held_back(groups),
+    held = (*held_back(groups), *pruned.plan.notes)
+    return Shrunk(pruned.model, max(proof.twin_error, proof.real_error), proof.teeth, proof.blunt,
+                  None if stuck and not held else held,
                   {"form": proof.form, "dtype": proof.dtype, "families": len(groups), "not_halved": stuck,
                    "predicted": {name: list(pair) for name, pair in pruned.plan.costs.items()},
                    "notes": [*groups.graph.notes, *proof.notes, *pruned.plan.notes]})

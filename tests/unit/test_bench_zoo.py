@@ -133,6 +133,13 @@ def test_what_holds_channels_back_is_said() -> None:
     assert "channels)" in case.frozen[0]
 
 
+def test_families_that_stay_for_no_stated_reason_are_no_explanation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shrinkers, "HALF", shrinkers.Target(layers={"*": 0.9}))
+    case = zoo_case.examine(some(), "prunekern", quiet)
+    assert (case.status, case.kind) == ("FAIL", "ratio")
+    assert case.facts["not_halved"] == ["0"]
+
+
 # ---- the peer ------------------------------------------------------------------------------------------------------
 
 
