@@ -87,6 +87,7 @@ class Tape:
         self.scouting, self.ambiguous = scouting, False
         self.count = 1
         self.edges: list[Tensor] = []
+        self.alike: list[Tensor] = []
         self.frozen: list[Frozen] = []
         self.joint: list[Tensor] = []
         self.balanced: list[Tensor] = []
@@ -254,10 +255,13 @@ class Tape:
         rows = [axis for axis in live if term[axis] in shared]
         if not rows or len(rows) == len(live):
             return plane
-        columns = sorted(live - set(rows))
-        small = compact(plane).permute(*rows, *columns, *(a for a in range(plane.dim()) if a not in live))
-        self.sites.append(Site(node, small.reshape(-1, int(np.prod([plane.shape[a] for a in columns])))))
+        self._site(node, plane, rows, sorted(live - set(rows)))
         return self._uniform(plane, set(rows))
+
+    def _site(self, node: fx.Node, plane: Plane, rows: list[int], columns: list[int]) -> None:
+        others = (a for a in range(plane.dim()) if a not in rows and a not in columns)
+        small = compact(plane).permute(*rows, *columns, *others)
+        self.sites.append(Site(node, small.reshape(-1, int(np.prod([plane.shape[a] for a in columns])))))
 
     def _uniform(self, plane: Plane, axes: Iterable[int]) -> Plane:
         """The plane with all its positions along some axes running together."""
@@ -270,7 +274,12 @@ class Tape:
     def consume(self, node: fx.Node, arg: fx.Node, axis: int) -> tuple[Tensor | None, Planes]:
         """Like ``along``, for a contraction: removed channels count as zeros at this input."""
         self.masked.setdefault(node, []).append(arg)
-        return self.along(node, self.planes(arg), axis % len(self.shape(arg)))
+        axis %= len(self.shape(arg))
+        for plane in self.planes(arg):
+            rows = sorted(varying(plane) - {axis})
+            if axis in varying(plane) and rows and rows[-1] < axis:       # a layer that all heads share
+                self._site(node, plane, rows, [axis])
+        return self.along(node, self.planes(arg), axis)
 
     def axis(self, node: fx.Node, arg: Any, axis: int) -> Tensor | None:
         """The labels along one axis of a weight, its other axes being free to hold planes of their own."""
@@ -354,11 +363,14 @@ class Tape:
     def _together(self, left: Plane, right: Plane) -> Plane:
         """The plane of two that run together: that which varies less, as the other is now uniform where it does not.
 
-        Scouts keep the other one: the first walk is there to see where heads could leave.
+        Scouts keep the other one: the first walk is there to see where heads could leave, and what is of one head.
         """
+        recorded = len(self.edges)
         self.unify(left, right)
         a, b = varying(left), varying(right)
         if not (a < b or b < a):
+            if len(a) > 1:
+                self.alike += self.edges[recorded:]
             return left
         self.ambiguous = True
         return (left if a > b else right) if self.scouting else (left if a < b else right)

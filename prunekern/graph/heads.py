@@ -26,14 +26,15 @@ def candidates(tape: Tape) -> list[Site]:
             if len(site.table) > 1 and tape.policy.attention_of(owner(site.node)[0]) != "widths"]
 
 
-def merged(axes: Axes, sites: Sequence[Site], count: int) -> dict[tuple[str, int], Tensor]:
+def merged(axes: Axes, sites: Sequence[Site], alike: Sequence[Tensor], count: int) -> dict[tuple[str, int], Tensor]:
     """For every parameter axis that issues heads: the index of the channel that stands for each channel's head.
 
-    axes: the labels of the first walk; count: how many there are.
+    axes: the labels of the first walk; alike: edges between labels that ran together before they met at a site;
+    count: how many labels there are.
     """
     edges = [torch.stack((site.table[:, :1].expand_as(site.table).reshape(-1), site.table.reshape(-1)))
              for site in sites]
-    pairs = torch.cat(edges, 1).numpy()
+    pairs = torch.cat([*edges, *alike], 1).numpy()
     pairs = pairs[:, (pairs != FIXED).all(0)]
     _, head = connected_components(
         coo_matrix((np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1])), shape=(count, count)),

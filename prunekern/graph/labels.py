@@ -117,13 +117,13 @@ def label(graph: Graph, registry: Registry, *, policy: Policy = DEFAULT, tape: T
     """
     tape = tape or Tape(graph, policy)
     _walk(tape, registry)
-    sites, first, count = candidates(tape), dict(tape.axes), tape.count
+    sites, first, alike, count = candidates(tape), dict(tape.axes), tape.alike, tape.count
     if tape.ambiguous and not sites:
         tape.restart()
         _walk(tape, registry)
     while sites:
         tape.restart()
-        _walk(tape, registry, merged(first, sites, count))
+        _walk(tape, registry, merged(first, sites, alike, count))
         labels = _finish(tape)
         stuck = [site for site in held(sites, first, labels.axes, labels.balanced, count)
                  if tape.policy.attention_of(owner(site.node)[0]) == "auto"]

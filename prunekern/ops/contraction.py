@@ -49,7 +49,7 @@ class Convolution(OpRule):
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-        groups = argument(node, self.group_index, "groups", 1)
+        groups = tape.value(argument(node, self.group_index, "groups", 1))
         axis = channel_axis(node, tape.shape)
         source, rest = tape.consume(node, x, axis)  # type: ignore[arg-type]
         passing = self._positions(node, tape, rest, axis)
@@ -64,11 +64,12 @@ class Convolution(OpRule):
         tape.give(node, (*passing, *(() if out is None else (spread(out, axis, tape.shape(node)),))))
 
     def _positions(self, node: fx.Node, tape: Tape, planes: Planes, axis: int) -> list[Tensor]:
-        """The planes along positions: they pass where the kernel has one element and nothing else is done."""
+        """The planes along samples (heads may be among them), and those along positions where the kernel has one
+        element and nothing else is done."""
         kernel, sizes = tape.shape(node.args[1])[2:], (tape.shape(node.args[0]), tape.shape(node))  # type: ignore[arg-type]
         passing = []
         for plane in planes:
-            if all(a > axis and kernel[a - axis - 1] == 1 and sizes[0][a] == sizes[1][a] for a in varying(plane)):
+            if all(a < axis or (kernel[a - axis - 1] == 1 and sizes[0][a] == sizes[1][a]) for a in varying(plane)):
                 passing.append(compact(plane).expand(sizes[1]))
             else:
                 tape.freeze(node, plane, "its positions are mixed by a convolution")
@@ -96,6 +97,11 @@ class Convolution(OpRule):
         if far is None and name is not None and per_group > 1:   # fixed inputs hold the table for other calls, too
             fixed = torch.full((groups, per_group), FIXED)
             tape.freeze(node, tape.tables.setdefault((name, self.table_axis), fixed))
+        if name is None and per_group > 1 and self._in_axis == 1 and rows is not None:
+            # Computed weights are cut where they come from: every group reads the same of its channels.
+            tape.tie(node, None if far is None else far.view(groups, -1), own)
+            tape.balanced.append(rows.view(groups, -1))
+            return rows
         if rows is None or far is None or (name is None and per_group > 1):
             for labels in (far, own, rows if rows is None or rows.numel() == groups else None):
                 if labels is not None:
@@ -135,13 +141,17 @@ class Convolution(OpRule):
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         axis = channel_axis(node, shape)
         weight, channels = shape(node.args[1]), shape(node.args[0])[axis]  # type: ignore[arg-type]
+        if isinstance(argument(node, self.group_index, "groups", 1), fx.Node):
+            return {}                                              # the samples of a batch are the groups
         return {"in_channels": channels, "out_channels": shape(node)[axis],
                 "groups": channels // weight[1] if self._in_axis == 1 else shape(node)[axis] // weight[1]}
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
         groups = argument(node, self.group_index, "groups", 1)
+        if groups == 1 or isinstance(groups, fx.Node):
+            return None
         new = self.attributes(node, sizes.new)["groups"]
-        if groups == 1 or new == groups:
+        if new == groups:
             return None
         if self.group_index < len(node.args):
             args = list(node.args)
@@ -314,6 +324,7 @@ def label_einsum(node: fx.Node, tape: Tape, args: Sequence[fx.Node], terms: Sequ
     for arg, term in zip(args, terms, strict=True):
         if tape.graph.fqn(arg) is None:
             tape.masked.setdefault(node, []).append(arg)
+            continue
         for axis, letter in enumerate(term):
             shared = sum(letter in other for other in terms) > 1
             if letter not in out:

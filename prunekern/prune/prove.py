@@ -102,9 +102,12 @@ _FORMS = {"class": "user's own class", "graph": "rewritten graph module"}
 
 
 def randomised(groups: Groups, tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """A twin of the state: every parameter and every sliceable buffer drawn at random at a sane scale."""
+    """A twin of the state: every parameter and every sliceable buffer drawn at random at a sane scale.
+
+    Constants that the forward makes itself stay: a user's class would go on making them as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
-    sliceable = {name for name, _ in groups.labels.axes}
+    sliceable = {name for name, _ in groups.labels.axes} - set(groups.graph.constants)
     twin = {}
     for name, tensor in tensors.items():
         original = groups.graph.tensors[name]

@@ -69,10 +69,9 @@ def replaced(node: fx.Node, values: tuple[Any, ...], new: Callable[[fx.Node, Any
 def fitted(mask: Tensor, value: Tensor) -> Tensor:
     """A mask made for the labels' batch, for a value of another: heads that share an axis with the batch repeat."""
     for axis, (size, n) in enumerate(zip(value.shape, mask.shape, strict=True)):
-        if n > size:
-            mask = mask.narrow(axis, 0, size)
-    times = [size // n if n > 1 else 1 for size, n in zip(value.shape, mask.shape, strict=True)]
-    return (mask.repeat(times) if any(t > 1 for t in times) else mask).to(value.device)
+        if n not in (1, size):
+            mask = torch.cat([mask] * -(-size // n), axis).narrow(axis, 0, size)
+    return mask.to(value.device)
 
 
 def restricting(labels: Labels, keep: Tensor, registry: Registry = REGISTRY) -> Instead | None:

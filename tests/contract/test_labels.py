@@ -104,6 +104,14 @@ def test_split_slices_and_flips_are_executed() -> None:
     assert len(set(a)) == 6
 
 
+def test_every_other_channel_leaves_in_pairs() -> None:
+    """Of blocks that leave as a whole, x[:, 1::2] goes on taking the second."""
+    found = groups(lambda m, x: m.b(m.a(x)[:, 1::2]), a=conv(3, 6), b=conv(3, 2))
+    a = axis(found, "a.weight", 0)
+    assert a == [a[0], a[0], a[2], a[2], a[4], a[4]]
+    assert axis(found, "b.weight", 1) == a[1::2]
+
+
 def test_flatten_repeats_a_channel_per_pixel() -> None:
     found = groups(lambda m, x: m.fc(m.a(x).flatten(1)), a=conv(3, 4), fc=nn.Linear(64, 2))
     assert axis(found, "fc.weight", 1) == [c for c in axis(found, "a.weight", 0) for _ in range(16)]
@@ -208,7 +216,6 @@ def test_linear_weights_over_tokens() -> None:
     (lambda x: F.group_norm(x, 1), "normalises across channels"),
     (lambda x: (x.flatten(2) @ x.flatten(2).mT).softmax(1).mean(2)[:, :, None, None], "softmax runs across"),
     (lambda x: torch.special.i0(x.flatten(1)).view(x.shape), "no rule for this operator"),
-    (lambda x: x[:, ::2].repeat(1, 2, 1, 1), "every n-th channel"),
     (lambda x: F.pad(x.movedim(1, 3), (1, 1, 0, 0), mode="reflect").movedim(3, 1), "copies of channels"),
     (lambda x: torch.sort(x, dim=1).values, "reduces across these channels"),
 ], ids=lambda value: value if isinstance(value, str) else "")
