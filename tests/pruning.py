@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunekern.core.plan import Plan
+from prunekern.core.policy import DEFAULT, Policy
+from prunekern.graph.bake import labelled
 from prunekern.graph.groups import Groups, find_groups
-from prunekern.graph.labels import label
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
 from prunekern.prune.attributes import slice_class
@@ -44,8 +45,8 @@ class Cut:
     proof: Proof
 
 
-def groups_of(model: nn.Module, inputs: Any) -> Groups:
-    return find_groups(label(trace(model, inputs), REGISTRY))
+def groups_of(model: nn.Module, inputs: Any, policy: Policy = DEFAULT) -> Groups:
+    return find_groups(labelled(trace(model, inputs), REGISTRY, policy=policy))
 
 
 def random_choice(groups: Groups, seed: int, most: float = 1.0) -> Tensor:
@@ -100,12 +101,12 @@ def silenced(model: nn.Module, plan: Plan) -> nn.Module:
         elif isinstance(module, (nn.Linear, Conv)) and not isinstance(module, Transposed) and 1 in kept:
             for rows, inputs in _blocks(module, kept):
                 module.weight[rows, _others(inputs, module.weight.shape[1])] = 0
-    return dense
         elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             for name, weight in module.named_parameters():
                 columns = plan.kept.get(f"{path}.{name}", {}).get(1)
                 if columns is not None:                     # of a layer's inputs, and of its own last outputs
                     weight[:, _others(columns, weight.shape[1])] = 0
+    return dense
 
 
 def _others(indices: list[int], size: int) -> Tensor:

@@ -7,8 +7,23 @@ of each other, captured by `torch.export` without strictness.
 
 from __future__ import annotations
 
-from tests.zoo import branches, convolutions, gates, graphs, interfaces, layouts, norms, recurrent, transformers
+from tests.zoo import (
+    attention,
+    branches,
+    convolutions,
+    experts,
+    gates,
+    graphs,
+    interfaces,
+    language,
+    layouts,
+    norms,
+    positions,
+    recurrent,
+    transformers,
+)
 from tests.zoo.registry import ZOO, Case, Factory
 
 __all__ = ["ZOO", "Case", "Factory"]
-_SOURCES = (branches, convolutions, gates, graphs, interfaces, layouts, norms, recurrent, transformers)
+_SOURCES = (attention, branches, convolutions, experts, gates, graphs, interfaces, language, layouts, norms, positions,
+            recurrent, transformers)

@@ -337,3 +337,41 @@ class SegNet(nn.Module):
         x, indices = self.pool(self.enc1(x))
         x = self.dec(self.enc2(x))
         return self.head(self.unpool(x, indices))
+
+
+@network("octave", (3, 8, 8))
+class Octave(nn.Module):
+    """Octave convolution: a high and a low map, each fed by both; half of the channels at half of the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.high, self.low = conv_bn_act(3, 6), conv_bn_act(3, 4)
+        self.mix = nn.ModuleDict({key: nn.Conv2d(a, b, 3, padding=1, bias=False) for key, a, b in
+                                 (("hh", 6, 7), ("hl", 6, 5), ("lh", 4, 7), ("ll", 4, 5))})
+        self.head = nn.Conv2d(12, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high, low = self.high(x), self.low(F.avg_pool2d(x, 2))
+        up = F.interpolate(self.mix["lh"](low), scale_factor=2.0)
+        high, low = self.mix["hh"](high) + up, self.mix["ll"](low) + self.mix["hl"](F.avg_pool2d(high, 2))
+        return self.head(torch.cat((F.relu(high), F.interpolate(F.relu(low), scale_factor=2.0)), 1))
+
+
+@network("high_resolution", (3, 8, 8))
+class HighResolution(nn.Module):
+    """HRNet: two streams side by side, fused both ways by a list of lists of layers, some of them None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = conv_bn_act(3, 6), conv_bn_act(6, 8, stride=2)
+        self.branches = nn.ModuleList([conv_bn_act(6, 6), conv_bn_act(8, 8)])
+        up = nn.Sequential(nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6), nn.Upsample(scale_factor=2.0))
+        down = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
+        self.fuse = nn.ModuleList([nn.ModuleList([nn.Identity(), up]), nn.ModuleList([down, nn.Identity()])])
+        self.head = nn.Conv2d(14, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        streams = [branch(y) for branch, y in zip(self.branches, (x, self.down(x)), strict=True)]
+        high, low = (F.relu(sum(f(y) for f, y in zip(row, streams, strict=True))) for row in self.fuse)
+        return self.head(torch.cat((high, F.interpolate(low, size=high.shape[-2:], mode="bilinear")), 1))

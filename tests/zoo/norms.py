@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 import torch
@@ -193,6 +194,59 @@ def parametrised() -> nn.Module:
         weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Flatten(),
         weight_norm(nn.Linear(8 * 36, 10)), nn.ReLU(), nn.Linear(10, 3),
     )  # fmt: skip
+
+
+@network("spectral", (3, 8, 8))
+def spectral() -> nn.Module:
+    """Spectral norm in its new form on a convolution: all of its weights are divided by one number."""
+    return nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 9, 1), nn.ReLU(),
+        nn.utils.parametrizations.orthogonal(nn.Conv2d(9, 6, 1)), nn.Flatten(), nn.Linear(6 * 36, 3),
+    )  # fmt: skip
+
+
+@network("hooked_norms", (3, 8, 8))
+def hooked_norms() -> nn.Module:
+    """Weight norm and spectral norm in their old forms: hooks that set the weight before each call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(
+            nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.utils.spectral_norm(nn.Conv2d(8, 9, 1)),
+            nn.ReLU(), nn.Flatten(), nn.utils.weight_norm(nn.Linear(9 * 36, 10)), nn.ReLU(), nn.Linear(10, 3),
+        )  # fmt: skip
+
+
+class ScaledStandardised(nn.Conv2d):
+    """NFNet's convolution: standardised weights with a gain per channel, by a batch norm of the weights."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, groups=groups)
+        self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.gain * self.weight[0].numel() ** -0.5).view(-1)
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, weight=scale, training=True,
+                              momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@network("normalizer_free", (3, 8, 8))
+class NormalizerFree(nn.Module):
+    """NFNet block: scaled standardised convolutions, no norms, squeeze-and-excitation, a skip gain, alpha and beta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1 = ScaledStandardised(3, 8, 3), ScaledStandardised(8, 6, 1)
+        self.conv2, self.conv3 = ScaledStandardised(6, 6, 3, groups=2), ScaledStandardised(6, 8, 1)
+        self.squeeze, self.excite = nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)
+        self.gain, self.head = nn.Parameter(torch.tensor(0.5)), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv2(F.gelu(self.conv1(F.gelu(x) * 0.9)) * 1.7)
+        y = self.conv3(F.gelu(y) * 1.7)
+        y = 2.0 * self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid() * y
+        return self.head(y.mul_(self.gain) * 0.2 + x)
 
 
 @network("fourier_middle", (3, 8, 8))
