@@ -28,9 +28,8 @@ class Attention(OpRule):
 
     matches = aten("scaled_dot_product_attention")
     samples: ClassVar[tuple[Sample, ...]] = (
-        sample(functional.scaled_dot_product_attention, "attention", (2, 6, 5, 8), (2, 6, 7, 8), (2, 6, 7, 4),
-               prunable=False),
-        sample(grouped, "grouped-query attention", (2, 6, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), prunable=False),
+        sample(functional.scaled_dot_product_attention, "attention", (2, 6, 5, 8), (2, 6, 7, 8), (2, 6, 7, 4)),
+        sample(grouped, "grouped-query attention", (2, 6, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:

@@ -341,9 +341,9 @@ class MatMul(OpRule):
     matches = aten("matmul", "bmm", "mm", "addmm", "baddbmm")
     samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: Pair(torch.matmul, "matmul"), ((2, 6, 5), (2, 5, 7))),
-        Sample(lambda: Pair(torch.matmul, "matmul of heads"), ((2, 3, 6, 5), (2, 3, 5, 1)), prunable=False),
+        Sample(lambda: Pair(torch.matmul, "matmul of heads"), ((2, 3, 6, 5), (2, 3, 5, 1))),
         Sample(lambda: Pair(torch.bmm, "bmm"), ((2, 6, 13), (2, 13, 37))),
-        Sample(lambda: Pair(torch.baddbmm, "baddbmm"), ((2, 6, 7), (2, 6, 5), (2, 5, 7)), prunable=False),
+        Sample(lambda: Pair(torch.baddbmm, "baddbmm"), ((2, 6, 7), (2, 6, 5), (2, 5, 7))),
         Sample(lambda: Multiplied(6, 9), ((2, 6),), "matrix on the right"),
     )
 

@@ -58,20 +58,26 @@ class Einsum(OpRule):
         """The product of the sizes of all indices that are in the output or in both operands; one operand: 0.
 
         An index of one operand alone that the output lacks is summed before anything is multiplied; what is
-        left is one batched matrix product. Raises ValueError for more operands, whose count depends on the
-        order they are taken in. Source: the documentation of numpy.einsum and torch.einsum.
+        left is one batched matrix product or, where nothing is summed, an elementwise one (0). Raises ValueError
+        for more operands, whose count depends on the order they are taken in. Source: the documentation of
+        numpy.einsum and torch.einsum.
         """
         terms, wanted, sizes = self._terms(node, shape)
         if len(terms) > 2:
             raise ValueError(f"{len(terms)} operands")
-        if len(terms) == 1:
+        if not self._contracts(terms, wanted):
             return 0
         return numel(tuple(n for i, n in sizes.items() if i in wanted or (i in terms[0] and i in terms[1])))
 
+    @staticmethod
+    def _contracts(terms: list[str], wanted: str) -> bool:
+        return any(index in other and index not in wanted for other in terms[1:] for index in terms[0])
+
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
-        """Elements of the operands of which an index is summed on its own."""
+        """Elements of the operands of which an index is summed on its own; of the output, where nothing else is."""
         terms, wanted, sizes = self._terms(node, shape)
-        return sum(numel(tuple(sizes[i] for i in term)) for n, term in enumerate(terms)
+        product = len(terms) == 2 and not self._contracts(terms, wanted)
+        return numel(shape(node)) * product + sum(numel(tuple(sizes[i] for i in term)) for n, term in enumerate(terms)
                    if any(i not in wanted and all(i not in other for m, other in enumerate(terms) if m != n)
                           for i in term))
 

@@ -52,8 +52,8 @@ class BatchNorm(OpRule):
         return 2 * numel(shape(node))
 
     def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
-        """Source: fvcore 0.1.5, jit_handles.batchnorm_flop_jit."""
-        return numel(shape(node)) * (2 if node.args[1] is not None else 1)
+        """With statistics of its input like any other norm. Source: fvcore 0.1.5, jit_handles.batchnorm_flop_jit."""
+        return numel(shape(node)) * ((2 if node.args[1] is not None else 1) + 3 * bool(argument(node, 5, "training")))
 
     def attributes(self, node: fx.Node, shape: ShapeOf) -> dict[str, Any]:
         return {"num_features": shape(node)[1]}
