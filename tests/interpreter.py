@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests import networks as spec_
+from tests import parts
 
 MOST_CHANNELS, LARGEST_MAP = 24, 12
 
@@ -243,6 +244,33 @@ class Builder:
         kind = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}[block.kind]
         make = partial(kind, channels, block.width, block.layers, batch_first=True, bidirectional=block.both)
         return self.layer(lambda: Scan(make()), x, channels=block.width * (1 + block.both))
+
+    @emit.register
+    def _(self, block: spec_.Attend, x: int, keep: bool) -> int:
+        if self.dims == 0:
+            return x
+        make = partial(parts.Attend, self.values[x].channels, block.keys, block.times, block.width, block.spelling,
+                       block.packed)
+        y = self.layer(make, x)
+        return self.call(torch.add, x, y) if block.add else y
+
+    @emit.register
+    def _(self, block: spec_.Mix, x: int, keep: bool) -> int:
+        positions = self.values[x].size**self.dims
+        return self.layer(partial(parts.Tokens, positions, block.hidden), x) if self.dims else x
+
+    @emit.register
+    def _(self, block: spec_.Rows, x: int, keep: bool) -> int:
+        channels, rows = self.values[x].channels, block.rows
+        if channels % rows:
+            return x
+        widths = {"sum": channels // rows, "shared": rows * block.width}
+        make = partial(parts.Rows, channels, rows, block.kind, block.width)
+        return self.layer(make, x, channels=widths.get(block.kind, channels))
+
+    @emit.register
+    def _(self, block: spec_.Experts, x: int, keep: bool) -> int:
+        return self.layer(partial(parts.Experts, self.values[x].channels, block.experts, block.hidden), x)
 
     @emit.register
     def _(self, block: spec_.Conv, x: int, keep: bool) -> int:

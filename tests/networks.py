@@ -124,6 +124,42 @@ class Recur(Block):
 
 
 @dataclass(frozen=True)
+class Attend(Block):
+    """Attention over the positions of a map: ``times`` query heads for each of ``keys`` key heads; residual or not."""
+
+    keys: int = _one_of(2, 3, 1)
+    times: int = _one_of(1, 1, 2, 3)
+    width: int = _one_of(3, 2, 4)
+    spelling: str = _one_of("interleaved", "flagged", "expanded", "equation", "batch", "linear")
+    packed: bool = _one_of(False, True)
+    add: bool = _one_of(True, False)
+
+
+@dataclass(frozen=True)
+class Mix(Block):
+    """An MLP over the positions of a map, as in MLP-Mixer."""
+
+    hidden: int = _one_of(5, 3, 8)
+
+
+@dataclass(frozen=True)
+class Rows(Block):
+    """Two axes of channels by a view: a factor per row or column, shares, a layer for every row, the rows' sum."""
+
+    rows: int = _one_of(2, 3)
+    kind: str = _one_of("rows", "columns", "shares", "shared", "sum")
+    width: int = _one_of(3, 2, 5)
+
+
+@dataclass(frozen=True)
+class Experts(Block):
+    """A mixture of experts with stacked weights."""
+
+    experts: int = _one_of(3, 2)
+    hidden: int = _one_of(4, 7)
+
+
+@dataclass(frozen=True)
 class Split(Block):
     """The channels are split at a literal, the blocks are applied to one part, all is concatenated."""
 
@@ -165,7 +201,8 @@ class Twice(Block):
     body: tuple[Block, ...] = _blocks(1, 2)
 
 
-LEAVES: tuple[type[Block], ...] = (Conv, Conv, Conv, Activate, Pool, Recur, Gate, Gate, Shuffle, Move, Slice, Grow)
+LEAVES: tuple[type[Block], ...] = (Conv, Conv, Conv, Conv, Activate, Pool, Recur, Gate, Gate, Shuffle, Move, Slice,
+                                   Grow, Attend, Attend, Mix, Rows, Experts)
 NESTED: tuple[type[Block], ...] = (Split, Residual, Residual, Cat, Cat, Merge, Twice)
 
 

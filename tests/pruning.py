@@ -109,6 +109,21 @@ def silenced(model: nn.Module, plan: Plan) -> nn.Module:
     return dense
 
 
+def is_baked(groups: Groups) -> bool:
+    """Whether weights that the forward computes were computed once and for all."""
+    return any(note.startswith("baked") for note in groups.graph.notes)
+
+
+def mixes_in_layers(model: nn.Module, groups: Groups) -> bool:
+    """Whether ``silenced`` can say what comes out: channels are mixed in layers with weights of their own only."""
+    if is_baked(groups):                                # layers whose weights are computed have others than these
+        return False
+    layers = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv))}
+    names = [{groups.graph.fqn(arg) for arg in node.all_input_nodes} for node in groups.labels.masked]
+    tied = set(groups.graph.tied.values()) | set(groups.graph.tied)
+    return all(len(found & layers) == 1 and not found & tied for found in names)
+
+
 def _others(indices: list[int], size: int) -> Tensor:
     gone = torch.ones(size, dtype=torch.bool)
     gone[torch.tensor(indices, dtype=torch.long)] = False

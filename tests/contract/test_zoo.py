@@ -21,7 +21,18 @@ from prunekern.ops import REGISTRY
 from prunekern.prune.oneshot import prune
 from prunekern.prune.reference import masked_outputs
 from prunekern.prune.target import Target
-from tests.pruning import Conv, Cut, cut, double, first_units, groups_of, random_choice, silenced
+from tests.pruning import (
+    Conv,
+    Cut,
+    cut,
+    double,
+    first_units,
+    groups_of,
+    is_baked,
+    mixes_in_layers,
+    random_choice,
+    silenced,
+)
 from tests.tolerances import assert_equal_fp64
 from tests.weights import NORMS
 from tests.zoo import ZOO
@@ -293,19 +304,6 @@ def assert_equal(out: list[Any], ref: list[Any]) -> None:
         assert all(torch.allclose(o, r, rtol=1e-4, atol=1e-5) for o, r in zip(out, ref, strict=True))
     else:
         assert_equal_fp64(out, ref)
-
-
-def is_baked(groups: Groups) -> bool:
-    return any(note.startswith("baked") for note in groups.graph.notes)
-
-
-def mixes_in_layers(model: nn.Module, groups: Groups) -> bool:
-    if is_baked(groups):                                # layers whose weights are computed have others than these
-        return False
-    layers = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv))}
-    names = [{groups.graph.fqn(arg) for arg in node.all_input_nodes} for node in groups.labels.masked]
-    tied = set(groups.graph.tied.values()) | set(groups.graph.tied)
-    return all(len(found & layers) == 1 and not found & tied for found in names)
 
 
 @pytest.mark.parametrize("name", PRUNED)

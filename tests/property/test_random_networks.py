@@ -1,12 +1,14 @@
 """Random small networks through the whole path: nothing that was decided, predicted or returned may be off.
 
 `SHARDS * EXAMPLES` networks a run. Under the default hypothesis profile they are the same in every run; with
-HYPOTHESIS_PROFILE=explore they are new ones.
+HYPOTHESIS_PROFILE=explore they are new ones. `-m nightly` takes a thousand more, under policies in turn;
+PRUNEKERN_FUZZ=3 three thousand, PRUNEKERN_FUZZ_SEED=7 others.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 
@@ -18,16 +20,22 @@ from torch import Tensor
 
 from prunekern import apply_plan, lower, profile, trace
 from prunekern.core.plan import Plan
+from prunekern.core.policy import DEFAULT, Policy
 from prunekern.errors import TargetError
 from prunekern.graph.groups import Groups
+from prunekern.graph.inputs import Call
 from prunekern.lower.tolerance import limit
+from prunekern.prune.reference import masked_outputs
 from prunekern.prune.target import Meter, Target, choose
 from prunekern.prune.units import Units, make_units
-from tests.networks import Case, build, networks, random_spec
-from tests.pruning import Cut, cut, double, groups_of, random_choice, silenced, taken
+from tests.networks import Case, build, networks, random_network, random_spec
+from tests.pruning import Cut, cut, double, groups_of, mixes_in_layers, random_choice, silenced, taken
 from tests.tolerances import FOLDED, assert_equal_fp64, max_err
 
 SHARDS, EXAMPLES = 4, 90
+NIGHTLY = round(1000 * float(os.environ.get("PRUNEKERN_FUZZ", "1")))
+FIRST = 1_000_000 * int(os.environ.get("PRUNEKERN_FUZZ_SEED", "0"))
+POLICIES = (Policy(), Policy(), Policy(attention="widths"), Policy(inexact=True))
 SEEDS = st.integers(0, 2**16)
 SIMPLE = networks()
 RICH = st.integers(0, 2**32).map(lambda number: build(random_spec(number)))
@@ -52,23 +60,42 @@ def test_pruned_lowered_costs(shard: int) -> None:
 
     @given(RICH if shard % 2 else SIMPLE, SEEDS, st.booleans())
     def check(case: Case, choice: int, wide: bool) -> None:
-        model = case.model
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        groups = groups_of(model, case.args)
-        if not len(groups):
-            return
-        result = cut(model, groups, random_choice(groups, choice))
-        kinds.update({"prunable": 1, result.proof.form: 1, "several families": len(groups) > 2,
-                      "balanced": any(bool(table.any()) for table in groups.labels.balanced)})
-        check_equal(case, result)
-        check_plan(case, result)
-        check_lowered(result, case, wide)
-        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        check_whole(case, choice, wide, kinds)
 
     run(check, shard)
     if settings().derandomize:      # the networks are worth it
         assert kinds["prunable"] > EXAMPLES // 2
         assert all(kinds[kind] > shard % 2 * 5 for kind in ("class", "graph", "several families", "balanced")), kinds
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("shard", range(20))
+def test_a_thousand(shard: int) -> None:
+    kinds: Counter[str] = Counter()
+    for number in range(FIRST + shard, FIRST + NIGHTLY, 20):
+        case = random_network(number)
+        try:
+            check_whole(case, number, bool(number % 2), kinds, POLICIES[number // 20 % len(POLICIES)])
+        except Exception as error:
+            error.add_note(f"random_network({number}): {case!r}")
+            raise
+    assert kinds["class"] > 0 < kinds["graph"]
+
+
+def check_whole(case: Case, choice: int, wide: bool, kinds: Counter[str], policy: Policy = DEFAULT) -> None:
+    """A random choice, carried out: equal, planned, predicted and lowered; the model is as it was."""
+    model = case.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups = groups_of(model, case.args, policy)
+    if not len(groups):
+        return
+    result = cut(model, groups, random_choice(groups, choice))
+    kinds.update({"prunable": 1, result.proof.form: 1, "several families": len(groups) > 2,
+                  "balanced": any(bool(table.any()) for table in groups.labels.balanced)})
+    check_equal(case, result)
+    check_plan(case, result)
+    check_lowered(result, case, wide)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def fresh(case: Case, batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -78,15 +105,19 @@ def fresh(case: Case, batch: int, dtype: torch.dtype = torch.float64) -> tuple[T
 
 
 def check_equal(case: Case, result: Cut) -> None:
-    """Equal to the silenced dense network, at a batch size that was never seen; its weights are the plan's."""
-    reference = silenced(case.model, result.plan)
-    inputs = fresh(case, 5)
+    """Equal to the masked original (where all mixing is in layers, to a network of silenced layers) at a batch size
+    that was never seen; its weights are the plan's."""
+    labels, inputs = result.groups.labels, fresh(case, 5)
+    tensors = {name: double(tensor.detach()) for name, tensor in labels.graph.tensors.items()}
     with torch.no_grad():
-        assert_equal_fp64(double(result.model)(*inputs), reference(*inputs))
-    wanted = taken(case.model, result.plan)
-    state = result.model.state_dict()
-    assert state.keys() == wanted.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+        wanted = masked_outputs(labels, result.keep, tensors, Call(inputs, {}))
+        outputs = double(result.model)(*inputs)
+        assert_equal_fp64(outputs if isinstance(outputs, tuple) else (outputs,), wanted)
+        if mixes_in_layers(case.model, result.groups) and not labels.restricted:
+            assert_equal_fp64(outputs, silenced(case.model, result.plan)(*inputs))
+    state, taken_ = result.model.state_dict(), taken(case.model, result.plan)
+    assert state.keys() == taken_.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in taken_.items())
     assert all(0 not in tensor.shape for tensor in state.values())
 
 
