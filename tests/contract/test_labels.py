@@ -17,7 +17,7 @@ from prunekern.graph.groups import Groups, find_groups
 from prunekern.graph.labels import frozen_report, label
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
-from tests.pruning import groups_of
+from tests.pruning import cut, groups_of
 from tests.zoo import ZOO
 from tests.zoo.branches import channel_shuffle
 
@@ -110,6 +110,19 @@ def test_every_other_channel_leaves_in_pairs() -> None:
     a = axis(found, "a.weight", 0)
     assert a == [a[0], a[0], a[2], a[2], a[4], a[4]]
     assert axis(found, "b.weight", 1) == a[1::2]
+
+
+@pytest.mark.parametrize("gone", range(4))
+def test_every_other_channel_of_some_is_found_again(gone: int) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        x = m.a(x)
+        return m.b(x[:, 3:7:2]) + m.c(x[:, -3::2])
+    model = Net(forward, a=conv(3, 8), b=conv(2, 2), c=conv(2, 2)).eval()
+    found = groups_of(model, X)
+    keep = found.everything()
+    keep[found.labels.axes["a.weight", 0][2 * gone]] = False
+    assert int(keep[axis(found, "a.weight", 0)].sum()) == 6
+    cut(model, found, keep)                                   # raises where it is not proven
 
 
 def test_flatten_repeats_a_channel_per_pixel() -> None:
