@@ -43,6 +43,10 @@ def pixels(side: int = 32) -> Inputs:
     return {"pixel_values": image(side)}
 
 
+def shuffled_pixels() -> Inputs:
+    return {**pixels(), "noise": torch.rand(BATCH, 16)}
+
+
 def large_pixels() -> Inputs:
     return pixels(64)
 
@@ -101,7 +105,7 @@ NETWORKS: dict[str, tuple[str, Callable[[], Inputs], dict[str, Any]]] = {
     "fnet": ("FNetModel", plain, {}),
     "modernbert": ("ModernBertModel", text, {"cls_token_id": 1, "sep_token_id": 2}),
     "esm": ("EsmModel", text, {"position_embedding_type": "rotary"}),
-    "nystromformer": ("NystromformerModel", text, {"num_landmarks": 4, "segment_means_seq_len": LENGTH}),
+    "nystromformer": ("NystromformerModel", plain, {"num_landmarks": 4, "segment_means_seq_len": LENGTH}),
     "megatron-bert": ("MegatronBertModel", text, {}),
     # decoders of text
     "gpt2": ("GPT2LMHeadModel", plain, GPT2),
@@ -145,7 +149,7 @@ NETWORKS: dict[str, tuple[str, Callable[[], Inputs], dict[str, Any]]] = {
     "deit": ("DeiTModel", pixels, {}),
     "beit": ("BeitModel", pixels, {"use_relative_position_bias": True}),
     "dinov2": ("Dinov2Model", pixels, {}),
-    "vit-mae": ("ViTMAEModel", pixels, {"mask_ratio": 0.0}),
+    "vit-mae": ("ViTMAEModel", shuffled_pixels, {"mask_ratio": 0.0}),
     "yolos": ("YolosForObjectDetection", pixels, {"num_detection_tokens": 5, "image_size": [32, 32]}),
     "dpt": ("DPTForDepthEstimation", pixels, {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3],
                                               "neck_hidden_sizes": [16, 16, 32, 32], "fusion_hidden_size": 16}),
