@@ -17,6 +17,7 @@ from prunekern.core.program import Slot, Step
 from prunekern.errors import LoweringError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inputs import Call
+from prunekern.graph.measured import has_measured
 from prunekern.lower.tolerance import FLOOR, TRUSTED, error, limit, loosest
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def verify_examples(lowered: Lowered, graph: Graph, model: nn.Module | None) -> 
         most = max(1, int(WORK / max(1, lowered.program.macs(1))))
         example, drawn = (example.resized(min(batch, most)) for batch in (graph.example_batch, 3))
     generator = torch.Generator().manual_seed(0)
-    cases = {"the example inputs": example, "random inputs": drawn.map(lambda t: _random_like(t, generator))}
+    numbers_stay = has_measured(graph)              # others would make other sizes
+    cases = {"the example inputs": example, "random inputs": drawn.map(
+        lambda t: t if numbers_stay and not t.is_floating_point() else _random_like(t, generator))}
     # Which algorithms are fastest at the other batch size need not be known for this.
     found = [verify_graph(lowered, graph, call.args, call.kwargs, model, name, hasty=call is not example)
              for name, call in cases.items()]

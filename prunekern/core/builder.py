@@ -327,6 +327,8 @@ class Builder:
         dims, dtypes = self.graph.dims[node.name], self._dtypes[node.name]
         name = self._unique(name)
         if isinstance(dims, tuple):
+            if any(dim.measured for dim in dims):
+                attributes["sized"] = True                # by the data: the sizes of a run must be those of the layout
             outputs = [Slot(name, dims, dtypes[0])]
         else:
             outputs = [Slot(self._unique(f"{name}.{i}"), shape, dtype)

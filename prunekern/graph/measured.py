@@ -7,6 +7,7 @@ them. Where the forward reads them out of integers (``int(index.max()) + 1``), t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from prunekern.core.graph import Graph
+from prunekern.core.graph import Dim, Graph
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inputs import Call
 from prunekern.graph.parts import ghost
@@ -41,6 +42,30 @@ def measured(graph: Graph) -> dict[Any, int]:
     with torch.no_grad():
         evaluate(graph, state, graph.args, graph.kwargs, after=after)
     return found
+
+
+def has_measured(graph: Graph) -> bool:
+    """Whether some size depends on the data."""
+    return any(isinstance(dims, tuple) and any(dim.measured for dim in dims) for dims in graph.dims.values())
+
+
+def settled(graph: Graph) -> Graph:
+    """The graph for the example inputs alone: every size that the data makes is what it is there (runs the graph)."""
+    if not has_measured(graph):
+        return graph
+    dims = dict(graph.dims)
+
+    def after(node: torch.fx.Node, value: Any) -> None:
+        old = dims.get(node.name)
+        if isinstance(value, Tensor) and isinstance(old, tuple):
+            dims[node.name] = tuple(Dim(0, size, measured=True) if dim.measured else dim
+                                    for dim, size in zip(old, value.shape, strict=True))
+        elif isinstance(old, Dim) and old.measured:
+            dims[node.name] = Dim(0, int(value), measured=True)
+    state = {name: tensor.detach() for name, tensor in graph.tensors.items()}
+    with torch.no_grad():
+        evaluate(graph, state, graph.args, graph.kwargs, after=after)
+    return replace(graph, dims=dims)
 
 
 def _sizes(value: Any) -> list[Any]:

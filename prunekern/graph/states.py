@@ -27,6 +27,19 @@ RECURRENT = {kind: place for place, kinds in ((1, ("lstm.input", "gru.input", "r
 """Recurrent operator -> place of its states among the arguments; the weights come next."""
 
 
+UNWRITTEN = {ops.empty.memory_format: ops.zeros.default, ops.empty_like.default: ops.zeros_like.default,
+             ops.new_empty.default: ops.new_zeros.default}
+
+
+def write_all(graph: fx.Graph) -> None:
+    """Memory that a forward takes as it is holds zeros, so that every run of the graph finds the same. In place."""
+    for node in graph.nodes:
+        if node.target in UNWRITTEN:
+            node.target = UNWRITTEN[node.target]
+            if node.target is ops.zeros.default:
+                node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+
+
 def follow_weights(graph: fx.Graph) -> None:
     """Make every state of one value anew, like the weights of the layer that reads it. The graph is changed."""
     for node in list(graph.nodes):

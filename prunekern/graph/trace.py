@@ -28,7 +28,7 @@ from prunekern.graph.inputs import Call, as_call
 from prunekern.graph.measured import ASSUMED, Reading, measured, read_numbers
 from prunekern.graph.parts import ghost
 from prunekern.graph.refusal import refusal
-from prunekern.graph.states import PackedCounts, follow_weights
+from prunekern.graph.states import PackedCounts, follow_weights, write_all
 from prunekern.graph.unwrap import check_kind, unwrap
 
 LABEL_BATCH = 2
@@ -267,6 +267,7 @@ def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: 
                  notes: tuple[str, ...]) -> Graph:
     inline_grad_modes(program.graph_module)
     follow_weights(program.graph)
+    write_all(program.graph)
     _drop_assertions(program.graph)
     program.graph_module.graph.eliminate_dead_code()    # averages of attention weights that nobody asked for
     signature = program.graph_signature
@@ -319,6 +320,7 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
         module = make_fx(run, tracing_mode="real", pre_dispatch=True)(copies, given)
     graph = module.graph
     follow_weights(graph)
+    write_all(graph)
     graph.eliminate_dead_code()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     state = {node.name: name for node, name in zip(placeholders, names, strict=False)}

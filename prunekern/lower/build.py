@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from prunekern.core.builder import Builder
-from prunekern.core.graph import Graph, place
+from prunekern.core.graph import Graph
 from prunekern.core.program import Program
 from prunekern.core.rule import Registry
-from prunekern.errors import LoweringError
+from prunekern.graph.measured import settled
 from prunekern.ops import REGISTRY
 
 
@@ -14,12 +14,7 @@ def build(graph: Graph, parameters: tuple[str, ...] = (), registry: Registry = R
     """The Program of a traced network, nothing folded or fused; its weights are the module's own tensors.
 
     parameters: names of the forward's parameters in order (``inspect.signature``).
-    Raises LoweringError where a node has no pure form, cannot be stored by name, or gives a result whose size depends
-    on the data.
+    Sizes that the data makes are those of the example inputs; running on others that make other sizes raises.
+    Raises LoweringError where a node has no pure form or cannot be stored by name.
     """
-    for node in graph.nodes:
-        dims = graph.dims.get(node.name)
-        if isinstance(dims, tuple) and any(dim.measured for dim in dims):
-            raise LoweringError(f"{place(node)}: the size of its result depends on the data, and a Program is laid out "
-                                "for sizes known beforehand; run the pruned module itself (lower=False).")
-    return Builder(graph, registry.find).run(parameters)
+    return Builder(settled(graph), registry.find).run(parameters)

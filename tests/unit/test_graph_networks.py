@@ -166,9 +166,16 @@ def test_lowered(name: str, backend: str) -> None:
             assert_equal_fp64([lowered(x.double(), edges)], [model(x.double(), edges)])
 
 
-def test_what_has_no_size_beforehand_is_not_lowered() -> None:
-    with pytest.raises(LoweringError, match=r"depends on the data.*lower=False"):
-        lower(made("without loops"), sample()[:2])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_sizes_that_the_data_makes_are_those_of_the_example(backend: str) -> None:
+    model, (x, edges, _) = made("without loops"), sample()
+    lowered = lower(model, (x, edges), backend=backend)
+    with torch.no_grad():
+        assert torch.allclose(lowered(x * 2, edges), model(x * 2, edges), atol=1e-5)
+    loops = edges.clone()
+    loops[1, :3] = loops[0, :3]
+    with pytest.raises(LoweringError, match=r"was laid out for.*Lower the module again"):
+        lowered(x, loops)
 
 
 def geometric(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:

@@ -309,7 +309,13 @@ def call(layout: Layout, step: Step) -> Kernel:
         given = (([read() for read in reads]), weights, layout.batch, layout.device)
         result = operator(*decode(at["args"], *given),
                           **{key: decode(arg, *given) for key, arg in at["kwargs"].items()})
-        for bind, tensor in zip(binds, [result] if isinstance(result, Tensor) else result, strict=True):
+        results = [result] if isinstance(result, Tensor) else result
+        for slot, bind, tensor in zip(step.outputs, binds, results, strict=True):
+            if at.get("sized") and tensor.shape != layout.hints[slot.name].shape:
+                raise LoweringError(
+                    f"step {step.name!r} ({at['target']}) gives {tuple(tensor.shape)}, and this network was laid "
+                    f"out for {tuple(layout.hints[slot.name].shape)}: a size that the data makes is that of the "
+                    "example inputs. Lower the module again with inputs like these, or run the module itself.")
             bind(tensor)
     return run
 
