@@ -50,15 +50,16 @@ class Scale(nn.Module):
 
 
 class Scan(nn.Module):
-    """A recurrent layer along the positions of a map, row by row."""
+    """A recurrent layer along every row of a map: few steps, as tracing takes them one by one."""
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y, _ = self.layer(x.flatten(2).transpose(1, 2))
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
+        rows = x.movedim(1, -1)
+        y, _ = self.layer(rows.flatten(0, -3))
+        return y.unflatten(0, rows.shape[:-2]).movedim(-1, 1)
 
 
 class Twice(nn.Module):

@@ -32,7 +32,7 @@ from tests.networks import Case, build, networks, random_network, random_spec
 from tests.pruning import Cut, cut, double, groups_of, mixes_in_layers, random_choice, silenced, taken
 from tests.tolerances import FOLDED, assert_equal_fp64, max_err
 
-SHARDS, EXAMPLES = 4, 90
+SHARDS, EXAMPLES = 4, 40
 NIGHTLY = round(1000 * float(os.environ.get("PRUNEKERN_FUZZ", "1")))
 FIRST = 1_000_000 * int(os.environ.get("PRUNEKERN_FUZZ_SEED", "0"))
 POLICIES = (Policy(), Policy(), Policy(attention="widths"), Policy(inexact=True))
@@ -191,7 +191,7 @@ def test_targets(shard: int) -> None:
             smaller, larger = removed
             assert not bool((larger & ~smaller).any())
 
-    run(check, shard, 20)
+    run(check, shard, 12)
 
 
 def reachable(groups: Groups, units: Units, what: str) -> float:

@@ -212,7 +212,9 @@ def test_in_place_calls_change_nothing_that_is_read_later() -> None:
         calls = tuple(dataclasses.replace(c, target=pure.get(c.target, c.target)) for c in model.calls)
         replaced += calls != model.calls
         model.calls = calls
-        assert all(torch.equal(a, b) for a, b in zip(outputs_of(model, args), expected, strict=True)), seed
+        # To the rounding of sums: what is written in place keeps its own strides.
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+                   for a, b in zip(outputs_of(model, args), expected, strict=True)), seed
     assert replaced > 50, "in-place calls are common"
 
 

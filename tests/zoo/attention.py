@@ -329,7 +329,7 @@ class MultiheadVariants(nn.Module):
         x, context = x.transpose(0, 1), context.transpose(0, 1)
         y, weights = self.cross(x, context, context, average_attn_weights=True)
         x = x + y
-        return self.head(x + self.self(x, x, x, need_weights=False)[0]), weights
+        return self.head(x + self.self(x, x, x, need_weights=False)[0]).transpose(0, 1), weights
 
 
 @network("decoder_layer", (5, 12), (7, 12))
