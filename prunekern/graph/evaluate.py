@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -13,6 +15,14 @@ from prunekern.core.graph import Graph, mutates, pure
 Before = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
 After = Callable[[fx.Node, Any], None]
 Instead = Callable[[fx.Node, tuple[Any, ...]], Any]
+
+
+@contextlib.contextmanager
+def same_dice() -> Iterator[None]:
+    """Random numbers as in every other run under it (a forward may mask at random), and nobody else's are drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def evaluate(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any],

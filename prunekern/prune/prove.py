@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import at, place
 from prunekern.errors import PlanError, ProofError
-from prunekern.graph.evaluate import evaluate
+from prunekern.graph.evaluate import evaluate, same_dice
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
 from prunekern.graph.parts import ghost
-from prunekern.prune.reference import masked_outputs, replaced, restricting, same_dice
+from prunekern.prune.reference import masked_outputs, replaced, restricting
 from prunekern.prune.rewrite import ORIGIN
 from prunekern.prune.slice import sliced_tensors
 from prunekern.prune.widen import default_dtype, widened

@@ -7,15 +7,14 @@ they are run on what remains of their inputs.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from prunekern.core.rule import Registry
-from prunekern.graph.evaluate import Before, Instead, evaluate
+from prunekern.graph.evaluate import Before, Instead, evaluate, same_dice
 from prunekern.graph.inputs import Call
 from prunekern.graph.labels import Labels
 from prunekern.ops import REGISTRY
@@ -30,14 +29,6 @@ def masked_outputs(labels: Labels, keep: Tensor, tensors: Mapping[str, Tensor], 
     leaves = labels.graph.output.args[0]
     return [remaining(labels, leaf, value, keep) if isinstance(leaf, fx.Node) else value
             for leaf, value in zip(leaves, outputs, strict=True)]  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def same_dice() -> Iterator[None]:
-    """Random numbers as in every other run under it (a forward may mask at random), and nobody else's are drawn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def masking(labels: Labels, keep: Tensor) -> Before:
