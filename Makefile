@@ -82,7 +82,7 @@ $(READY): $(SOURCES)
 	    echo "No virtual environment could be made: install Python's venv module (python3-venv on Debian)."; exit 1; }
 	@echo "Installing torch and the package into $(VENV) ..."
 	@$(PIP) $(PIPFLAGS) torch 'setuptools>=77' wheel
-	@$(PIP) $(PIPFLAGS) --no-build-isolation -e '.[test,report]'
+	@$(PIP) $(PIPFLAGS) --no-build-isolation -e '.[test,report,zoo]'
 	@$(BIN)/python -c 'from prunekern.kernels import unavailable as why; \
 	    print("C++ extension:", why() or "built and loaded")'
 	@touch $@
