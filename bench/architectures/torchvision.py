@@ -17,18 +17,21 @@ NETWORKS = {
     64: """resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 mobilenet_v2 mobilenet_v3_small
         mobilenet_v3_large mnasnet0_5 shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 googlenet
         efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf vgg11 vgg11_bn alexnet convnext_tiny swin_t
-        swin_v2_t""",
+        swin_v2_t vit_b_16""",
     96: "inception_v3",
-    224: "maxvit_t vit_b_16",
+    224: "maxvit_t",
 }
-SMALLER: dict[str, dict[str, Any]] = {"inception_v3": {"init_weights": False}, "googlenet": {"init_weights": False}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("inception_v3", "googlenet"), {"init_weights": False}), "vit_b_16": {"image_size": 64},
+    **dict.fromkeys(("mvit_v1_b", "mvit_v2_s"), {"spatial_size": (64, 64), "temporal_size": 8}),
+}
 DENSE = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t")
-VIDEO_SIZES = {"mvit_v1_b": (224, 16), "mvit_v2_s": (224, 16), "s3d": (224, 16)}
+VIDEO_SIZES = {"s3d": (224, 16)}
 
 
 def network(name: str, side: int) -> tuple[nn.Module, Inputs]:
-    return models.get_model(name, weights=None, **SMALLER.get(name, {})), image(side)
+    return models.get_model(name, weights=None, **OPTIONS.get(name, {})), image(side)
 
 
 def dense(name: str) -> tuple[nn.Module, Inputs]:
@@ -41,7 +44,8 @@ def vit(depth: int) -> tuple[nn.Module, Inputs]:
 
 def video(name: str) -> tuple[nn.Module, Inputs]:
     side, frames = VIDEO_SIZES.get(name, (64, 8))
-    return models.get_model(name, weights=None), torch.randn(BATCH if side == 64 else 1, 3, frames, side, side)
+    inputs = torch.randn(BATCH if side == 64 else 1, 3, frames, side, side)
+    return models.get_model(name, weights=None, **OPTIONS.get(name, {})), inputs
 
 
 def flow(name: str) -> tuple[nn.Module, Inputs]:
