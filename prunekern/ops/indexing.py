@@ -393,6 +393,8 @@ class Numbers(OpRule):
     matches = tuple(getattr(getattr(torch.ops.aten, name), overload) for name in (
         "arange", "linspace", "logspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "rand", "randn")
         for overload in getattr(torch.ops.aten, name).overloads() if "out" not in overload and "names" not in overload)
+    samples: ClassVar[tuple[Sample, ...]] = (
+        sample(lambda x: x * torch.arange(5).to(x.dtype), "times its columns", MAP),)
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         tape.give(node, ())

@@ -41,7 +41,6 @@ class Scan(OpRule):
         sample(lambda x: x.cumprod(1), "cumprod over channels", MAP, prunable=False),
         sample(lambda x: x.kthvalue(2, 3)[0], "kthvalue over positions", MAP),
         sample(lambda x: x.median(2, keepdim=True)[0], "median over positions", MAP),
-        sample(lambda x: torch.sort(x, dim=3, stable=True)[0], "stable sort over positions", MAP),
         sample(lambda x: x.diff(dim=2), "differences of rows", MAP),
     )
     reason = "it looks along these channels"
@@ -205,7 +204,7 @@ class Unpool(OpRule):
 
     matches = aten("max_unpool2d", "max_unpool3d")
     samples: ClassVar[tuple[Sample, ...]] = (
-        sample(lambda x: functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), [2],
+        sample(lambda x: functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), 2,
                                                  output_size=(5, 5)), "max_unpool2d", MAP),
     )
 

@@ -260,6 +260,7 @@ class Reduction(OpRule):
         sample(lambda x: x.mean((2, 3), keepdim=True), "global average, kept axes", MAP),
         sample(lambda x: x.amax((2, 3)), "global max", MAP),
         sample(lambda x: x.sum(1), "sum over channels", MAP),
+        sample(lambda x: torch.sort(x, dim=3, stable=True)[0], "stable sort over positions", MAP),
         sample(lambda x: x.mean(1, keepdim=True), "mean over channels", MAP, prunable=False),
         sample(lambda x: x.max(1)[0], "max over channels", MAP, prunable=False),
         sample(lambda x: x.std((2, 3)), "deviation over positions", MAP),

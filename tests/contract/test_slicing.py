@@ -182,7 +182,9 @@ def test_prunable_or_named(index: int) -> None:
 def test_every_rule_has_samples() -> None:
     """Rules that no sample reaches would not be held by any contract."""
     bare = {type(rule).__name__ for rule in REGISTRY if not rule.samples}
-    assert bare <= {"GetItem"}
+    # Grouped products have no kernel for fp64, and packed sequences go in with their lengths; they are held by
+    # e2e/test_zoo_sample.py and unit/test_recurrent_labels.py.
+    assert bare <= {"GetItem", "GroupedProduct", "Packing"}
 
 
 def test_rule_of_a_sample_is_reached() -> None:
