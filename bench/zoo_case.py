@@ -105,9 +105,13 @@ def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, 
 @torch.no_grad()
 def measured(model: nn.Module, call: Call) -> tuple[list[Any], float]:
     """Shapes of the tensors that a model gives (other outputs as they are), and its MACs on these inputs."""
-    given = call.map(Tensor.clone)
-    with Multiplications(model) as counter, sdpa_kernel(SDPBackend.MATH):       # takes attention apart
-        outputs = model(*given.args, **given.kwargs)
+    given, fast = call.map(Tensor.clone), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)      # fused, and so not counted
+    try:
+        with Multiplications(model) as counter, sdpa_kernel(SDPBackend.MATH):       # takes attention apart
+            outputs = model(*given.args, **given.kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     leaves = pytree.tree_leaves(outputs)
     return [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves], counter.total
 

@@ -54,7 +54,15 @@ SIZED = ("_voc", "_cityscapes", "_celebamaskhq")        # networks that resize t
 
 def network(name: str, side: int) -> tuple[nn.Module, Inputs]:
     options = {"in_size": (side, side)} if name.endswith(SIZED) else {}
-    return globally_pooled(get_model(name, pretrained=False, **options)), image(side)
+    return with_orders(globally_pooled(get_model(name, pretrained=False, **options))), image(side)
+
+
+def with_orders(model: nn.Module) -> nn.Module:
+    """Lists of channels that training would find (CondenseNet's) and that are all zeros before it: some order."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(".index") and not buffer.is_floating_point() and not bool(buffer.any()):
+            buffer.copy_(torch.randperm(len(buffer)))
+    return model
 
 
 def globally_pooled(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.models.video.mvit import MSBlockConfig, MViT
 
 from bench.architectures import BATCH, Builder, Inputs, image
 
@@ -22,11 +23,10 @@ NETWORKS = {
     224: "maxvit_t",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("inception_v3", "googlenet"), {"init_weights": False}), "vit_b_16": {"image_size": 64},
-    **dict.fromkeys(("mvit_v1_b", "mvit_v2_s"), {"spatial_size": (64, 64), "temporal_size": 8}),
+    "inception_v3": {"init_weights": False}, "googlenet": {"init_weights": False}, "vit_b_16": {"image_size": 64},
 }
 DENSE = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
-VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t")
+VIDEO = ("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "swin3d_t")
 VIDEO_SIZES = {"s3d": (224, 16)}
 
 
@@ -46,6 +46,17 @@ def video(name: str) -> tuple[nn.Module, Inputs]:
     side, frames = VIDEO_SIZES.get(name, (64, 8))
     inputs = torch.randn(BATCH if side == 64 else 1, 3, frames, side, side)
     return models.get_model(name, weights=None, **OPTIONS.get(name, {})), inputs
+
+
+def mvit(second: bool) -> tuple[nn.Module, Inputs]:
+    """The first five blocks of mvit_v1_b, in both versions, at two thirds of its width."""
+    heads, widths, steps = (1, 2, 2, 4, 4), (64, 128, 128, 256, 256, 256), (8, 4, 4, 2, 2)
+    blocks = [MSBlockConfig(heads[i], widths[i], widths[i + 1], [3, 3, 3] if i % 2 or second else [], [3, 3, 3],
+                            [1, 2, 2] if i % 2 else [1, 1, 1] if second else [], [1, steps[i], steps[i]])
+              for i in range(len(heads))]
+    model = MViT((64, 64), 4, blocks, residual_pool=second, residual_with_cls_embed=False, rel_pos_embed=second,
+                 proj_after_attn=second, num_classes=10)
+    return model, torch.randn(BATCH, 3, 4, 64, 64)
 
 
 def flow(name: str) -> tuple[nn.Module, Inputs]:
@@ -80,6 +91,8 @@ BUILDERS: dict[str, Builder] = {
     "vit_32": partial(vit, 3),
     **{name: partial(dense, name) for name in DENSE},
     **{name: partial(video, name) for name in VIDEO},
+    "mvit_v1": partial(mvit, False),
+    "mvit_v2": partial(mvit, True),
     "raft_small": partial(flow, "raft_small"),
     **{name: partial(detector, name) for name in ("retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssd300_vgg16",
                                                   "ssdlite320_mobilenet_v3_large", "fasterrcnn_resnet50_fpn")},

@@ -125,6 +125,21 @@ def test_counted_macs_and_shapes() -> None:
     assert sorted(shapes, key=str) == [(2, 4), (2, 5, 4, 4), (5, 2, 7), 3]
 
 
+def test_attention_modules_are_counted_in_full() -> None:
+    """Their fast path is one fused operator, of which the counter knows nothing."""
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.attention(x, x, x, need_weights=False)[0]
+    model = Attention().eval()
+    _, macs = zoo_case.measured(model, as_call(model, torch.randn(2, 5, 8)))
+    assert macs == 2 * (5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_what_holds_channels_back_is_said() -> None:
     name = "layer_norm_block"
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
