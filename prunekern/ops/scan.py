@@ -204,7 +204,7 @@ class Unpool(OpRule):
 
     matches = aten("max_unpool2d", "max_unpool3d")
     samples: ClassVar[tuple[Sample, ...]] = (
-        sample(lambda x: functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), 2,
+        sample(lambda x: functional.max_unpool2d(*functional.max_pool2d(x, 2, return_indices=True), [2, 2],
                                                  output_size=(5, 5)), "max_unpool2d", MAP),
     )
 
