@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from math import gcd
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from prunekern.core.labels import FIXED
 from prunekern.graph.groups import Family, Groups
+
+SECONDS = 10.0       # for integer programs, at most
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def _bundles(groups: Groups, scores: Tensor, blocked: Tensor) -> tuple[dict[int,
     """
     found: dict[int, Tensor] = {}
     notes: list[str] = []
+    end = time.perf_counter() + SECONDS
     for tables in _clusters(groups.labels.balanced):
         involved = np.unique(np.concatenate([t.reshape(-1).numpy() for t in tables]))
         counts = [_counts(t.numpy(), involved) for t in tables]
@@ -134,7 +138,7 @@ def _bundles(groups: Groups, scores: Tensor, blocked: Tensor) -> tuple[dict[int,
             continue                      # every group takes as much from every row
         free = ~blocked.numpy()[involved]
         cost = scores.numpy()[involved]
-        made = _by_rank(uneven, free, cost) if _one_partition(uneven) else _by_program(uneven, free, cost)
+        made = _by_rank(uneven, free, cost) if _one_partition(uneven) else _by_program(uneven, free, cost, end)
         for bundle in made:
             ids = torch.from_numpy(involved[bundle])
             found.update(dict.fromkeys(ids.tolist(), ids))
@@ -142,6 +146,9 @@ def _bundles(groups: Groups, scores: Tensor, blocked: Tensor) -> tuple[dict[int,
         blocked[torch.tensor(rest, dtype=torch.long)] = True
         if not made:
             notes.append("a grouped convolution leaves no way to remove as much from each of its groups")
+    if time.perf_counter() > end:
+        notes.append(f"{SECONDS:g} s were not enough to sort out which channels of interleaved grouped convolutions "
+                     "can leave together; those that were not sorted out stay")
     return found, notes
 
 
@@ -191,9 +198,12 @@ def _by_rank(counts: list[np.ndarray], free: np.ndarray, cost: np.ndarray) -> li
     return [np.array(bundle) for bundle in zip(*ordered, strict=False)]
 
 
-def _by_program(counts: list[np.ndarray], free: np.ndarray, cost: np.ndarray) -> list[np.ndarray]:
+def _by_program(counts: list[np.ndarray], free: np.ndarray, cost: np.ndarray, end: float) -> list[np.ndarray]:
     """Several partitions at once (grouped convolutions with shuffles): the cheapest set that takes as much from
-    every row of every table, again and again, as an integer program (HiGHS through scipy)."""
+    every row of every table, again and again, as an integer program (HiGHS through scipy).
+
+    end: when to stop, on the clock of ``time.perf_counter``.
+    """
     free = free.copy()
     made: list[np.ndarray] = []
     n = len(cost)
@@ -201,9 +211,9 @@ def _by_program(counts: list[np.ndarray], free: np.ndarray, cost: np.ndarray) ->
     # Each row equals the next: no free "how many" variable, with which HiGHS was seen to loop for ever.
     balance = LinearConstraint(np.concatenate([np.diff(count.T, axis=0) for count in counts]), 0, 0)
     some = LinearConstraint(np.ones((1, n)), 1, np.inf)
-    while free.any() and len(made) < 256:
+    while free.any() and len(made) < 256 and (left := end - time.perf_counter()) > 0:
         result = milp(np.where(np.isfinite(scaled), scaled, 0), constraints=[balance, some],
-                      bounds=Bounds(0, free.astype(float)), integrality=np.ones(n), options={"time_limit": 10.0})
+                      bounds=Bounds(0, free.astype(float)), integrality=np.ones(n), options={"time_limit": left})
         if result.x is None:
             break
         bundle = np.flatnonzero(result.x > 0.5)
