@@ -219,6 +219,8 @@ def _live_of(item: Any, group: Tensor) -> Any:
     found = []
     for plane in item:
         groups = group[compact(plane)]
+        if bool((groups == groups.reshape(-1)[0]).all()):
+            continue                                  # one group is all there is of an axis: it cannot leave
         axis = _free_axis(groups)
         if axis is None:
             raise AssertionError("a plane is left without a rectangular choice")
