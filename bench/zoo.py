@@ -63,6 +63,16 @@ class Results:
             self.runs = [*old["runs"], dict(facts)]
             self.cases = {(c["zoo"], c["name"], c["library"]): c for c in old["cases"] if c["status"] not in again}
 
+    def take(self, path: Path) -> None:
+        """The cases of another file that this one lacks. Raises ValueError for a file of another schema."""
+        other = json.loads(path.read_text(encoding="utf-8"))
+        if other.get("schema") != SCHEMA:
+            raise ValueError(f"{path} has schema {other.get('schema')}, this version writes {SCHEMA}")
+        before = len(self.runs) - 1                      # the present run stays the last
+        self.runs[-1:-1] = other["runs"]
+        for case in other["cases"]:
+            self.cases.setdefault((case["zoo"], case["name"], case["library"]), {**case, "run": case["run"] + before})
+
     def add(self, case: Mapping[str, Any]) -> None:
         self.cases[case["zoo"], case["name"], case["library"]] = {**case, "run": len(self.runs) - 1}
         self.write()
@@ -165,6 +175,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cap", type=float, default=CAPS[OURS], help="seconds that this library may take for one")
     parser.add_argument("--out", type=Path, help="default: bench/results/zoo.json")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep the cases of this file, and write to it")
+    parser.add_argument("--take", type=Path, metavar="FILE", help="add the cases of this file that are not there yet")
     comma_list(parser, "--again", str, default=(), metavar="STATUS", help="with --resume: examine these once more")
     parser.add_argument("--table", type=Path, metavar="FILE", help="examine nothing: print the tables of a file")
     args = parser.parse_args(argv)
@@ -201,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.resume or args.out or ROOT / "bench" / "results" / "zoo.json"
     try:
         results = Results(out, zoo_child.facts(args.zoo, sys.argv[1:]), args.resume is not None, args.again)
+        if args.take is not None:
+            results.take(args.take)
+            results.write()
         keys = [key for key in wanted(args) if key not in results.cases]
     except (ValueError, ImportError, OSError) as error:
         print(f"zoo.py: {error}", file=sys.stderr)
