@@ -14,13 +14,14 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from prunekern.core.graph import Dim, Graph, owner, place
+from prunekern.core.graph import Dim, Graph, owner, place, target_name
 from prunekern.core.labels import FIXED, Frozen, Tape, compact, spread
 from prunekern.core.policy import DEFAULT, Policy
 from prunekern.core.rule import Registry
 from prunekern.graph.heads import candidates, held, merged
 
 Live = tuple[tuple[int, Tensor], ...]
+LISTED = 3        # operators of a kind that a report names one by one
 
 
 @dataclass(frozen=True)
@@ -266,11 +267,22 @@ def unread_parameters(graph: Graph) -> list[str]:
 
 
 def frozen_report(labels: Labels) -> list[str]:
-    """One line per operator that holds channels back: where and why; and one for what the forward never reads."""
-    lines = dict.fromkeys(f"{place(item.node)}: {item.reason}; its channels stay as they are" for item in labels.frozen)
+    """What holds channels back: where and why, operators of a kind together where they are many (``prunekern doctor``
+    lists each); what is inexact, as asked; and what the forward never reads."""
+    held: dict[tuple[str, str], dict[str, None]] = {}
+    for item in labels.frozen:
+        held.setdefault((target_name(item.node), item.reason), {})[place(item.node)] = None
+    lines = [line for (_, reason), places in held.items()
+             for line in _together(list(places), reason + "; {} channels stay as they are")]
+    lines += _together([place(node) for node in labels.restricted],
+                       "inexact, as asked: this runs on the channels that remain, not on all")
     unread = dict.fromkeys(name.rpartition(".")[0] or name for name in unread_parameters(labels.graph))
-    lines |= dict.fromkeys(f"inexact, as asked: {place(node)} runs on the channels that remain, not on all"
-                           for node in labels.restricted)
     return [*lines, *([f"{', '.join(map(repr, unread))}: the forward does not read these parameters on the example "
                        "inputs; they stay as they are, also where they belong to layers that shrink"]
                       if unread else [])]
+
+
+def _together(places: list[str], said: str) -> list[str]:
+    if len(places) <= LISTED:
+        return [f"{where}: {said.format('its')}" for where in places]
+    return [f"{places[0]} and {len(places) - 1} more like it: {said.format('their')}"]
