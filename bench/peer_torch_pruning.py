@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -26,12 +27,14 @@ from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
 from prunekern.prune.prove import difference
 
-PROJECTIONS = ("qkv", "qkv_proj", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q", "k", "v", "to_qkv")
-COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+EXACT = 1e-6
+PROJECTIONS = ("qkv", "qkv_proj", "query_key_value", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin",
+               "k_lin", "v_lin", "q", "k", "v", "to_qkv", "to_q", "to_k", "to_v", "Wqkv")
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads", "num_key_value_heads")
 
 
 def torch_pruning(model: nn.Module, call: Call, stages: Stages) -> Shrunk:
-    """The best result of its documented settings."""
+    """The best result of its documented settings: exact before inexact, then the smaller one."""
     outputs = output_layers(model, call)
     ways = (False, True) if any(True for _ in attention(model)) else (False,)
     found: list[Shrunk] = []
@@ -43,27 +46,32 @@ def torch_pruning(model: nn.Module, call: Call, stages: Stages) -> Shrunk:
             failures.append(error)
     if not found:
         raise failures[0]
-    return min(found, key=lambda each: each.error)
+    return min(found, key=lambda each: (not each.error < EXACT, sum(p.numel() for p in each.model.parameters())))
 
 
 def shrunk(model: nn.Module, call: Call, outputs: list[str], whole_heads: bool, stages: Stages) -> Shrunk:
-    pruned = copy.deepcopy(model).double()
-    double = call.map(lambda t: t.double() if t.is_floating_point() else t)
-    heads = {layer: count for _, layers, count in attention(pruned) for layer in layers}
+    pruned = copy.deepcopy(model)
+    heads = {layer: count for _, layers in attention(pruned) for layer, count in layers.items()}
     with stages("trace"):
         pruner = tp.pruner.BasePruner(
-            pruned, double.args or dict(double.kwargs), importance=tp.importance.RandomImportance(), pruning_ratio=0.5,
+            pruned, call.args or dict(call.kwargs), importance=tp.importance.RandomImportance(), pruning_ratio=0.5,
             ignored_layers=[pruned.get_submodule(path) for path in outputs], num_heads=heads,
             prune_num_heads=whole_heads, prune_head_dims=not whole_heads, head_pruning_ratio=0.5 * whole_heads,
-            forward_fn=None if double.args else (lambda net, kwargs: net(**kwargs)))
-    for tensor in state(pruned).values():
+            forward_fn=None if call.args else (lambda net, kwargs: net(**kwargs)), output_transform=tensors)
+    for tensor in state(pruned.double()).values():
         tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
     with stages("slice"):
         pruner.step()
         correct_heads(model, pruned, pruner.num_heads)
     with stages("run"):
-        error = distance(model, pruned, double)
-    return Shrunk(pruned.float(), error, frozen=None, facts={"whole_heads": whole_heads, "ignored": outputs})
+        error, dtype = distance(model, pruned, call)
+    return Shrunk(pruned.float(), error, frozen=None,
+                  facts={"whole_heads": whole_heads, "ignored": outputs, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """What a network gives, flat, without what is no tensor."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def output_layers(model: nn.Module, call: Call) -> list[str]:
@@ -87,21 +95,25 @@ def output_layers(model: nn.Module, call: Call) -> list[str]:
     return sorted(found)
 
 
-def attention(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Linear], int]]:
-    """(module, the projections of its heads, how many heads they have), for modules that say so themselves."""
+def attention(model: nn.Module) -> Iterator[tuple[nn.Module, dict[nn.Module, int]]]:
+    """(module, its projections and how many heads each has), for modules that say it themselves or by a ``config``."""
     for module in model.modules():
-        count = next((value for name in COUNTS if isinstance(value := getattr(module, name, None), int)), None)
+        known = {name: value for source in (getattr(module, "config", None), module) for name in COUNTS
+                 if isinstance(value := getattr(source, name, None), int)}
         layers = [layer for name in PROJECTIONS if isinstance(layer := getattr(module, name, None), nn.Linear)]
+        count = next(iter(known.values()), None)
         if count is not None and layers:
-            yield module, layers, count
+            shared = known.get("num_key_value_heads", count)
+            yield module, {layer: count if layer.out_features >= layers[0].out_features else shared for layer in layers}
 
 
 def correct_heads(original: nn.Module, pruned: nn.Module, heads: Mapping[nn.Module, int]) -> None:
     """Set what attention modules store about their sizes."""
-    for (before, old_layers, old_count), (after, layers, _) in zip(attention(original), attention(pruned), strict=True):
-        count = heads.get(layers[0], old_count)
-        parts = 3 if len(layers) == 1 else 1
-        old, new = old_layers[0].out_features // parts, layers[0].out_features // parts
+    for (before, old_layers), (after, new_layers) in zip(attention(original), attention(pruned), strict=True):
+        (layer, old_count), new_layer = next(iter(old_layers.items())), next(iter(new_layers))
+        parts = 3 if len(old_layers) == 1 else 1
+        count = heads.get(new_layer, old_count)
+        old, new = (int(each.out_features) // parts for each in (layer, new_layer))      # type: ignore[arg-type]
         sizes = {old_count: count, old // old_count: new // count, old: new}
         for name, value in vars(before).items():
             if isinstance(value, int) and not isinstance(value, bool) and value in sizes and name != "embed_dim":
@@ -110,34 +122,46 @@ def correct_heads(original: nn.Module, pruned: nn.Module, heads: Mapping[nn.Modu
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and floating buffers that hold more than one number."""
-    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-            if tensor.is_floating_point()}
+    """Parameters and floating buffers under all of their names."""
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor for name, tensor in every if tensor.is_floating_point()}
 
 
-def distance(model: nn.Module, pruned: nn.Module, call: Call) -> float:
-    """max|difference| / max|masked original| on random weights; ``pruned`` holds positions, then those weights."""
+def distance(model: nn.Module, pruned: nn.Module, call: Call) -> tuple[float, torch.dtype]:
+    """max|difference| / max|masked original| on random weights; ``pruned`` holds positions, then those weights. In
+    fp64, or in fp32 where the forward insists on it. What is tied may be pruned differently in each of its places."""
     masked = copy.deepcopy(model).double()
-    whole, left = state(masked), state(pruned)
     generator = torch.Generator().manual_seed(0)
-    for name, tensor in whole.items():
-        drawn = random_like(name, tensor, generator).reshape(-1)
-        where = left[name].detach().round().long()
-        kept = torch.zeros(tensor.numel(), dtype=torch.bool)
-        kept[where.reshape(-1)] = True
-        left[name].data = drawn[where]
-        variance = name.endswith("running_var")
-        tensor.data = (drawn if variance else torch.where(kept, drawn, 0)).view(tensor.shape)
+    left, drawn, positions = state(pruned), dict[int, Tensor](), dict[int, Tensor]()
+    for name, tensor in state(masked).items():
+        values = drawn.setdefault(id(tensor), random_like(name, tensor, generator).reshape(-1))
+        where = positions.setdefault(id(left[name]), left[name].detach().round().long())
+        left[name].data = values[where]
+        kept = torch.zeros(tensor.numel(), dtype=torch.bool).index_fill(0, where.reshape(-1), True)
+        left_over = values if name.endswith("running_var") else torch.where(kept, values, 0)
         owner, _, attribute = name.rpartition(".")
+        module = masked.get_submodule(owner)
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[attribute] = nn.Parameter(left_over.view(tensor.shape))
+        else:
+            module._buffers[attribute] = left_over.view(tensor.shape)
         if attribute == "weight" and not bool(kept.all()):
-            restrict(masked.get_submodule(owner), kept)
+            restrict(module, kept)
     inputs = call.map(lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64)
                       if t.is_floating_point() else t)
-    with torch.no_grad():
-        outputs = [pytree.tree_leaves(net(*pytree.tree_map_only(Tensor, Tensor.clone, inputs.args),
-                                          **pytree.tree_map_only(Tensor, Tensor.clone, dict(inputs.kwargs))))
-                   for net in (pruned, masked)]
-    return difference(outputs[0], outputs[1])
+    try:
+        results(masked, inputs)
+        dtype = torch.float64
+    except RuntimeError:
+        dtype = torch.float32
+        inputs = inputs.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    return difference(results(pruned.to(dtype), inputs), results(masked.to(dtype), inputs)), dtype
+
+
+@torch.no_grad()
+def results(model: nn.Module, call: Call) -> list[Any]:
+    given = call.map(Tensor.clone)
+    return pytree.tree_leaves(model(*given.args, **given.kwargs))
 
 
 def random_like(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from prunekern.errors import InputError, PlanError
 from prunekern.graph.inputs import Call, as_call
 
 SHARE = 0.60            # of the MACs, at most, with half of the channels
-ERROR = 1e-6            # fp64, relative to max|output|
+ERROR = {"float64": 1e-6, "float32": 1e-4}      # relative to max|output|; fp32 where a forward itself insists on it
 PEER_SECONDS = 20.0     # that a peer may take to prune, proofs apart
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 KINDS = {"plan": "slice", "rewrite": "slice", "prove": "proof", "check": "run"}  # stage -> kind of failure
@@ -91,7 +91,7 @@ def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, 
     """(status, kind of failure, reason)."""
     if not same_shapes:
         return "FAIL", "shape", "the outputs have other shapes than the original's"
-    if not shrunk.error < ERROR:
+    if not shrunk.error < ERROR.get(shrunk.facts.get("dtype", "float64"), 0.0):
         return "FAIL", "proof", f"differs from the masked original by {shrunk.error:.1e}"
     if shrunk.blunt and not shrunk.teeth:
         return "FAIL", "teeth", "no channel's loss would be noticed: " + ", ".join(shrunk.blunt[:5])
