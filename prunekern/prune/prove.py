@@ -71,11 +71,11 @@ def prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: 
 def _prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form: nn.Module | None,
            seed: int) -> tuple[nn.Module, Proof]:
     dtype = torch.float64
-    call = _proof_call(groups, dtype, seed)
+    call, given = _proof_call(groups, dtype, seed), _proof_call(groups, dtype, None)
     real = {n: _cast(t.detach(), dtype) for n, t in groups.graph.tensors.items()}
     twin, reference, teeth, blunt = _sharpest_twin(groups, keep, real, call, seed)
     sliced_twin = sliced_tensors(groups, keep, twin)
-    real_reference = masked_outputs(groups.labels, keep, real, call)
+    real_reference = masked_outputs(groups.labels, keep, real, given)
     shapes, graph_error = _check_shapes(groups, keep, graph_form, sliced_twin, dtype, reference, call)
     notes: list[str] = []
     for form, module in (("class", class_form), ("graph", graph_form)):
@@ -84,7 +84,7 @@ def _prove(groups: Groups, keep: Tensor, graph_form: fx.GraphModule, class_form:
         try:
             twin_error = graph_error if form == "graph" else _module_error(
                 groups, module, sliced_twin, dtype, reference, call)
-            real_error = _module_error(groups, module, {}, dtype, real_reference, call)     # on its very own weights
+            real_error = _module_error(groups, module, {}, dtype, real_reference, given)     # on its very own weights
         except Exception as error:
             first = (str(error) or "-").splitlines()[0]
             notes.append(f"the {_FORMS[form]} cannot run: {type(error).__name__}: {first}")
@@ -275,14 +275,18 @@ class _ShapeWatch(fx.Interpreter):
         return value
 
 
-def _proof_call(groups: Groups, dtype: torch.dtype, seed: int) -> Call:
-    """Inputs for the proof: floats drawn at random, all else as given; a batch of 2 where the batch is free."""
+def _proof_call(groups: Groups, dtype: torch.dtype, seed: int | None) -> Call:
+    """Inputs for the proof: floats drawn at random, all else as given; a batch of 2 where the batch is free.
+
+    No seed: all of them as given. The twin wants inputs that hide nothing; but a float may be a mask, and one drawn at
+    random lets attention look at one position only.
+    """
     graph = groups.graph
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed or 0)
 
     def draw(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
+        if seed is None or not tensor.is_floating_point():
+            return _cast(tensor, dtype)
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(dtype).to(tensor.device)
     call = Call(graph.args, graph.kwargs)
     return (call.resized(graph.batch) if graph.free_batch else call).map(draw)
