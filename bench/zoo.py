@@ -43,7 +43,7 @@ from prunekern.core.files import write_text  # noqa: E402
 
 SCHEMA = 1
 CAPS = {OURS: 120.0}                    # seconds of processor time that a network may take
-PEER_CAP = 60.0                         # checks included, which are not the peer's own
+PEER_CAP = 30.0                         # of a peer; as many again for the checks
 BUILD = 120.0                           # to be built and run once
 STRETCH = 8                             # how much longer than its processor time a process may take on a busy machine
 Key = tuple[str, str, str]              # zoo, network, library

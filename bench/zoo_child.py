@@ -42,7 +42,7 @@ def main(pipe: connection.Connection, zoo: str, name: str, library: str, build: 
     limit(MEMORY, "RLIMIT_DATA")
 
     def tell(stage: str) -> None:
-        if stage == "trace":
+        if stage in ("trace", "run"):       # a peer's checks have seconds of their own
             limit(time.process_time() + cap, "RLIMIT_CPU")
         pipe.send(stage)
     nothing = os.open(os.devnull, os.O_WRONLY)
