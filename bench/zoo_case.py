@@ -27,6 +27,7 @@ from prunekern.graph.inputs import Call, as_call
 SHARE = 0.60            # of the MACs, at most, with half of the channels
 ERROR = {"float64": 1e-6, "float32": 1e-4}      # relative to max|output|; fp32 where a forward itself insists on it
 PEER_SECONDS = 20.0     # that a peer may take to prune, proofs apart
+TEETH = 0.1             # of the kept channels, at least, whose loss would be noticed
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 KINDS = {"plan": "slice", "rewrite": "slice", "prove": "proof", "check": "run"}  # stage -> kind of failure
 
@@ -93,8 +94,9 @@ def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, 
         return "FAIL", "shape", "the outputs have other shapes than the original's"
     if not shrunk.error < ERROR.get(shrunk.facts.get("dtype", "float64"), 0.0):
         return "FAIL", "proof", f"differs from the masked original by {shrunk.error:.1e}"
-    if shrunk.blunt and not shrunk.teeth:
-        return "FAIL", "teeth", "no channel's loss would be noticed: " + ", ".join(shrunk.blunt[:5])
+    if shrunk.blunt and (shrunk.teeth or 0.0) < TEETH:
+        return "FAIL", "teeth", (f"the loss of {1 - (shrunk.teeth or 0.0):.0%} of the channels would not be noticed, of "
+                                 f"all in {len(shrunk.blunt)} families: {', '.join(shrunk.blunt[:3])}, ...")
     if ratio > SHARE and shrunk.frozen is None:
         return "FAIL", "ratio", f"{ratio:.2f} of the MACs remain, and nothing says why"
     if ratio > SHARE:

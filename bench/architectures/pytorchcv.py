@@ -49,11 +49,14 @@ NETWORKS = {
     299: "xception",
     448: "ntsnet_cub",
 }
+POSES = ("alphapose", "simplepose")     # networks that look for the maxima of their maps one by one, unless told not to
 SIZED = ("_voc", "_cityscapes", "_celebamaskhq")        # networks that resize to a size given when they are built
 
 
 def network(name: str, side: int) -> tuple[nn.Module, Inputs]:
-    options = {"in_size": (side, side)} if name.endswith(SIZED) else {}
+    options: dict[str, Any] = {"in_size": (side, side)} if name.endswith(SIZED) else {}
+    if name.startswith(POSES):
+        options["return_heatmap"] = True
     return with_orders(globally_pooled(get_model(name, pretrained=False, **options))), image(side)
 
 

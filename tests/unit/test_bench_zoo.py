@@ -86,6 +86,7 @@ def test_a_failure_is_named_by_its_stage(monkeypatch: pytest.MonkeyPatch, stage:
     (Shrunk(small(4), 1e-5), ("FAIL", "proof")),
     (Shrunk(small(4), float("nan")), ("FAIL", "proof")),
     (Shrunk(small(4), 0.0, teeth=0.0, blunt=("fc",)), ("FAIL", "teeth")),
+    (Shrunk(small(4), 0.0, teeth=0.05, blunt=("fc",)), ("FAIL", "teeth")),
     (Shrunk(small(4), 0.0, teeth=0.9, blunt=("fc",)), ("PASS", "")),
     (Shrunk(small(7), 0.0, frozen=("softmax: why (3 channels)",)), ("EXPLAINED", "")),
     (Shrunk(small(7), 0.0, frozen=None), ("FAIL", "ratio")),
