@@ -95,8 +95,8 @@ def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, 
     if not shrunk.error < ERROR.get(shrunk.facts.get("dtype", "float64"), 0.0):
         return "FAIL", "proof", f"differs from the masked original by {shrunk.error:.1e}"
     if shrunk.blunt and (shrunk.teeth or 0.0) < TEETH:
-        return "FAIL", "teeth", (f"the loss of {1 - (shrunk.teeth or 0.0):.0%} of the channels would not be noticed, of "
-                                 f"all in {len(shrunk.blunt)} families: {', '.join(shrunk.blunt[:3])}, ...")
+        return "FAIL", "teeth", (f"the loss of {1 - (shrunk.teeth or 0.0):.0%} of the channels would not be noticed, "
+                                 f"of all in {len(shrunk.blunt)} families: {', '.join(shrunk.blunt[:3])}, ...")
     if ratio > SHARE and shrunk.frozen is None:
         return "FAIL", "ratio", f"{ratio:.2f} of the MACs remain, and nothing says why"
     if ratio > SHARE:
