@@ -11,10 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from prunekern.core.graph import Dim
 from prunekern.errors import LoweringError
+
+
+def by_name(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by their name in the operator's schema."""
+    names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def per_axis(value: Any, rank: int) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from prunekern.core.arguments import encode, operator_name
+from prunekern.core.arguments import by_name, encode, operator_name
 from prunekern.core.graph import Dim, Graph, mutates, owner, place, pure
 from prunekern.core.program import NO_EPILOGUE, Epilogue, Program, Slot, Step
 from prunekern.core.rule import OpRule
@@ -99,8 +99,7 @@ class Builder:
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """A call's arguments by their name in the operator's schema."""
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        return by_name(node)
 
     # ---- what a rule writes --------------------------------------------------------------------------------
 

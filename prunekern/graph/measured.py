@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
 from prunekern.core.graph import Dim, Graph
-from prunekern.graph.evaluate import evaluate
+from prunekern.graph.evaluate import After, evaluate
 from prunekern.graph.inputs import Call
 from prunekern.graph.parts import ghost
 
@@ -38,9 +38,7 @@ def measured(graph: Graph) -> dict[Any, int]:
         for symbol, number in zip(_sizes(node.meta.get("val")), _sizes(value), strict=False):
             if isinstance(symbol, torch.SymInt) and free_unbacked_symbols(symbol) == {symbol.node.expr}:
                 found.setdefault(symbol.node.expr, max(2, int(number)))
-    state = {name: tensor.detach() for name, tensor in graph.tensors.items()}
-    with torch.no_grad():
-        evaluate(graph, state, graph.args, graph.kwargs, after=after)
+    _run(graph, after)
     return found
 
 
@@ -62,10 +60,15 @@ def settled(graph: Graph) -> Graph:
                                     for dim, size in zip(old, value.shape, strict=True))
         elif isinstance(old, Dim) and old.measured:
             dims[node.name] = Dim(0, int(value), measured=True)
+    _run(graph, after)
+    return replace(graph, dims=dims)
+
+
+def _run(graph: Graph, after: After) -> None:
+    """The graph on its example inputs; ``after`` sees every value."""
     state = {name: tensor.detach() for name, tensor in graph.tensors.items()}
     with torch.no_grad():
         evaluate(graph, state, graph.args, graph.kwargs, after=after)
-    return replace(graph, dims=dims)
 
 
 def _sizes(value: Any) -> list[Any]:

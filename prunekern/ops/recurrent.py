@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from prunekern.core.arguments import by_name
 from prunekern.core.builder import Builder
 from prunekern.core.graph import Shape, ShapeOf, at
 from prunekern.core.labels import Tape, spread, varying
@@ -96,7 +97,7 @@ class Recurrent(OpRule):
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        given = _arguments(node)
+        given = by_name(node)
         directions, weights = 1 + bool(given["bidirectional"]), list(given["params"])
         each = len(weights) // (given["num_layers"] * directions)
         source = _source(node, tape, given["input"] if "input" in given else given["data"])
@@ -179,7 +180,7 @@ class Cell(Recurrent):
         _cell("RNN cell", lambda: nn.RNNCell(5, 3, bias=False, nonlinearity="relu")))
 
     def label(self, node: fx.Node, tape: Tape) -> None:
-        given = _arguments(node)
+        given = by_name(node)
         weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
         units, _ = _direction(node, tape, _source(node, tape, given["input"]), [w for w in weights if w is not None])
         states = _states(given["hx"])
@@ -227,15 +228,9 @@ OUTSIDE = "the state that it begins with comes from outside"
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by name."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def _is_projected(node: fx.Node) -> bool:
     """Whether an LSTM puts out a projection of its units."""
-    given = _arguments(node)
+    given = by_name(node)
     if "params" not in given:
         return False
     directions = given["num_layers"] * (1 + bool(given["bidirectional"]))

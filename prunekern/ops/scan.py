@@ -10,16 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from prunekern.core.arguments import by_name
 from prunekern.core.graph import Shape, ShapeOf
 from prunekern.core.labels import Plane, Tape, spread
 from prunekern.core.rule import OpRule, Sample, aten, numel
 from prunekern.ops.elementwise import MAP, sample
-
-
-def named(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by their names in the schema."""
-    names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def axes_of(value: Any, rank: int) -> set[int]:
@@ -47,7 +42,7 @@ class Scan(OpRule):
 
     def axis(self, node: fx.Node, rank: int) -> int:
         default = 0 if "msort" in str(node.target) else -1
-        axis: int = named(node).get("dim", default)
+        axis: int = by_name(node).get("dim", default)
         return axis % max(1, rank)
 
     def label(self, node: fx.Node, tape: Tape) -> None:
@@ -93,7 +88,7 @@ class Norm(OpRule):
 
     def label(self, node: fx.Node, tape: Tape) -> None:
         x: fx.Node = node.args[0]  # type: ignore[assignment]
-        axes = axes_of(named(node).get("dim"), len(tape.shape(x)))
+        axes = axes_of(by_name(node).get("dim"), len(tape.shape(x)))
         planes = tape.across(node, tape.planes(x), axes, "it reduces across these channels")
         shapes: Any = tape.shape(node)
         if isinstance(tape.graph.dims[node.name], list):
@@ -123,7 +118,7 @@ class Fourier(OpRule):
         rank, shape = len(tape.shape(x)), tape.shape(node)
         two = [-2, -1] if "fft2" in str(node.target) else None
         last = None if "fftn" in str(node.target) or "shift" in str(node.target) else -1
-        axes = axes_of(named(node).get("dim", two or last), rank)
+        axes = axes_of(by_name(node).get("dim", two or last), rank)
         planes = tape.across(node, tape.planes(x), axes, "a Fourier transform mixes these channels")
         tape.give(node, [_without(plane, axes, shape) for plane in planes])
 
