@@ -3,7 +3,6 @@ sampling. Channels on other axes pass; those on the axes looked at stay."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from prunekern.core.arguments import by_name
-from prunekern.core.graph import Shape, ShapeOf
-from prunekern.core.labels import Plane, Tape, spread
+from prunekern.core.graph import ShapeOf
+from prunekern.core.labels import Tape, spread
 from prunekern.core.rule import OpRule, Sample, aten, numel
 from prunekern.ops.elementwise import MAP, sample
+from prunekern.ops.spatial import give_reduced, without
 
 
 def axes_of(value: Any, rank: int) -> set[int]:
@@ -51,26 +51,11 @@ class Scan(OpRule):
             raise NotImplementedError("more than one tensor, or a size from the graph")
         axis = self.axis(node, len(tape.shape(x)))
         planes = tape.across(node, tape.planes(x), (axis,), self.reason)
-        several = isinstance(tape.graph.dims[node.name], list)
-        shapes: Any = tape.shape(node)
-        results = [[_without(plane, {axis}, tuple(shape)) for plane in planes]
-                   for shape in (shapes if several else [shapes])]
-        if several:
-            tape.give_list(node, results)
-        else:
-            tape.give(node, results[0])
+        give_reduced(node, tape, planes, {axis})
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """One operation per element of the input."""
         return numel(shape(node.args[0]))  # type: ignore[arg-type]
-
-
-def _without(plane: Plane, axes: Iterable[int], shape: Shape) -> Plane:
-    """A plane of a tensor whose given axes got another size, or went."""
-    kept = len(shape) == plane.dim()
-    for axis in sorted(axes, reverse=True):
-        plane = plane.narrow(axis, 0, 1) if kept else plane.select(axis, 0)
-    return plane.expand(shape)
 
 
 class Norm(OpRule):
@@ -90,11 +75,7 @@ class Norm(OpRule):
         x: fx.Node = node.args[0]  # type: ignore[assignment]
         axes = axes_of(by_name(node).get("dim"), len(tape.shape(x)))
         planes = tape.across(node, tape.planes(x), axes, "it reduces across these channels")
-        shapes: Any = tape.shape(node)
-        if isinstance(tape.graph.dims[node.name], list):
-            tape.give_list(node, [[_without(plane, axes, tuple(shape)) for plane in planes] for shape in shapes])
-        else:
-            tape.give(node, [_without(plane, axes, shapes) for plane in planes])
+        give_reduced(node, tape, planes, axes)
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """One operation per element of the input."""
@@ -120,7 +101,7 @@ class Fourier(OpRule):
         last = None if "fftn" in str(node.target) or "shift" in str(node.target) else -1
         axes = axes_of(by_name(node).get("dim", two or last), rank)
         planes = tape.across(node, tape.planes(x), axes, "a Fourier transform mixes these channels")
-        tape.give(node, [_without(plane, axes, shape) for plane in planes])
+        tape.give(node, [without(plane, axes, shape) for plane in planes])
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """n log2 n over all elements. Source: Cooley, Tukey, "An Algorithm for the Machine Calculation of Complex
@@ -210,7 +191,7 @@ class Unpool(OpRule):
         pairs = [(tape.across(node, tape.planes(arg), axes, "its positions are looked up"), size)
                  for arg in node.args[:2]]
         merged = tape.combine(node, pairs, size)
-        tape.give(node, [_without(plane, axes, shape) for plane in merged])
+        tape.give(node, [without(plane, axes, shape) for plane in merged])
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return numel(shape(node))
@@ -233,7 +214,7 @@ class Sample2d(OpRule):
         tape.freeze_planes(node, tape.planes(where), "they say where to read")
         axes = range(2, len(shape))
         planes = tape.across(node, tape.planes(x), axes, "its positions are resampled")
-        tape.give(node, [_without(plane, axes, shape) for plane in planes])
+        tape.give(node, [without(plane, axes, shape) for plane in planes])
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """Two per axis of the image and neighbour blended: 2 * 2^axes per output."""

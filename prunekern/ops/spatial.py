@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from prunekern.core.arguments import per_axis
 from prunekern.core.builder import Builder
-from prunekern.core.graph import ShapeOf, target_name
-from prunekern.core.labels import Tape, spread, varying
+from prunekern.core.graph import Shape, ShapeOf, target_name
+from prunekern.core.labels import Plane, Tape, spread, varying
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 from prunekern.ops.elementwise import MAP, sample
 
@@ -248,6 +248,23 @@ class Pad(OpRule):
         return True
 
 
+def without(plane: Plane, axes: Iterable[int], shape: Shape) -> Plane:
+    """A plane of a tensor whose given axes got another size, or went."""
+    kept = len(shape) == plane.dim()
+    for axis in sorted(axes, reverse=True):
+        plane = plane.narrow(axis, 0, 1) if kept else plane.select(axis, 0)
+    return plane.expand(shape)
+
+
+def give_reduced(node: fx.Node, tape: Tape, planes: Sequence[Plane], axes: Iterable[int]) -> None:
+    """The planes of a node, or of each of its results, whose given axes got another size, or went."""
+    found: Any = tape.shape(node)
+    if isinstance(tape.graph.dims[node.name], list):
+        tape.give_list(node, [[without(plane, axes, tuple(shape)) for plane in planes] for shape in found])
+    else:
+        tape.give(node, [without(plane, axes, found) for plane in planes])
+
+
 class Reduction(OpRule):
     """Reductions over axes. A sum over channels is exact to prune (what is gone counts as zero); others are not."""
 
@@ -287,25 +304,7 @@ class Reduction(OpRule):
             planes = tuple(p for p in planes if not varying(p) <= axes)
         passing = tape.across(node, planes, axes, "it reduces across these channels",
                               inexact=target_name(node).split(".")[1] in self.meaningful)
-        self._give(node, tape, [plane for plane in passing if not varying(plane) & axes], axes)
-
-    def _give(self, node: fx.Node, tape: Tape, passing: list[Tensor], axes: set[int]) -> None:
-        several = isinstance(tape.graph.dims[node.name], list)
-        found: Any = tape.shape(node)
-        shapes = [tuple(shape) for shape in found] if several else [found]
-        given = []
-        for shape in shapes:
-            planes = []
-            for plane in passing:
-                kept = len(shape) == plane.dim()
-                for axis in sorted(axes, reverse=True):
-                    plane = plane.narrow(axis, 0, 1) if kept else plane.select(axis, 0)
-                planes.append(plane.expand(shape))
-            given.append(planes)
-        if several:
-            tape.give_list(node, given)
-        else:
-            tape.give(node, given[0])
+        give_reduced(node, tape, [plane for plane in passing if not varying(plane) & axes], axes)
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return numel(shape(node.args[0]))  # type: ignore[arg-type]
