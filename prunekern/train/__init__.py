@@ -1,20 +1,32 @@
-"""Training and fine-tuning: a small reproducible loop, evaluation, histories, seeds."""
+"""Training and fine-tuning: a small reproducible loop, evaluation, distillation, training towards sparsity."""
 
+from prunekern.train.augment import Augment
+from prunekern.train.average import Average
 from prunekern.train.batching import Data, passes
+from prunekern.train.distil import Distil, kept_outputs
 from prunekern.train.evaluate import Evaluation, accuracy, cross_entropy, evaluate
 from prunekern.train.history import Epoch, History
 from prunekern.train.loop import fit
 from prunekern.train.seeding import seed_everything
+from prunekern.train.sparsity import GroupLasso, GrowingReg, SoftPruning, Sparsity
 
 __all__ = [
+    "Augment",
+    "Average",
     "Data",
+    "Distil",
     "Epoch",
     "Evaluation",
+    "GroupLasso",
+    "GrowingReg",
     "History",
+    "SoftPruning",
+    "Sparsity",
     "accuracy",
     "cross_entropy",
     "evaluate",
     "fit",
+    "kept_outputs",
     "passes",
     "seed_everything",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from prunekern.errors import InputError
 
 Data = Iterable[Any] | Callable[[], Any]
 """`(inputs, labels)` tensors, a torch `Dataset`, any iterable of `(input, target)` batches, or a function
-returning one of these (called once per pass)."""
+returning one of these (called once per pass). Where no labels are needed: inputs alone, or batches of them."""
 
 
 def passes(data: Data, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Any]:
@@ -26,6 +27,8 @@ def passes(data: Data, batch_size: int, generator: torch.Generator | None = None
         raise InputError(f"data is a {type(data).__name__}; pass (inputs, labels) tensors or a loader.")
     if callable(data) and not isinstance(data, torch.utils.data.Dataset) and not hasattr(data, "__iter__"):
         return passes(data(), batch_size, generator)
+    if isinstance(data, Tensor):
+        return Rows(data, batch_size, generator)
     if isinstance(data, torch.utils.data.TensorDataset) and len(data.tensors) == 2:
         data = tuple(data.tensors)
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
@@ -59,18 +62,53 @@ def length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def each(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
-    """`(input, target)` on `device`. Raises `InputError` for a batch of another form, or if there is none."""
+def each(batches: Iterable[Any], device: torch.device, *, labelled: bool = True) -> Iterator[tuple[Any, Any]]:
+    """`(input, target)` on `device`; not `labelled`: the target is None where a batch is an input alone.
+
+    Raises `InputError` for a batch of another form, or if there is none.
+    """
     count = 0
     for count, batch in enumerate(batches, 1):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+            yield to_device(batch[0], device), batch[1].to(device, non_blocking=True)
+        elif labelled:
             raise InputError(f"batch {count - 1} is {_kind(batch)}; it must be (input, target) with a tensor target.")
-        yield to_device(batch[0], device), batch[1].to(device, non_blocking=True)
+        else:
+            alone = isinstance(batch, (tuple, list)) and len(batch) == 1
+            yield to_device(batch[0] if alone else batch, device), None
     if not count:
         raise InputError(
             "the data gave no batch. A generator can be used once only: pass tensors, a DataLoader, or a "
             "function that returns a fresh iterator."
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Batches of inputs without labels, each iteration one pass; in a fresh order with a `generator`."""
+
+    inputs: Tensor
+    batch_size: int
+    generator: torch.Generator | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.generator is None:
+            yield from self.inputs.split(self.batch_size)
+            return
+        order = torch.randperm(len(self.inputs), generator=self.generator)
+        for part in order.split(self.batch_size):
+            yield self.inputs.index_select(0, part.to(self.inputs.device))
+
+
+def rows(value: Any) -> int:
+    """How many samples a batch's input holds: the length of its first tensor."""
+    if isinstance(value, Tensor):
+        return len(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for found in map(rows, parts) if found), 0)
 
 
 def _kind(value: Any) -> str:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
 
-from prunekern.errors import ArtefactError, InputError, ModelError
-from prunekern.train import checkpoint as store
-from prunekern.train.batching import Data, call, correct, each, length, passes
-from prunekern.train.evaluate import Loss, cross_entropy, device_of, evaluate, kept_modes
-from prunekern.train.history import Epoch, History
-from prunekern.train.progress import Progress, shown
-from prunekern.train.seeding import forked_rng, rng_states, set_rng_states
+from prunekern.errors import InputError, ModelError
+from prunekern.train.augment import Augmentation, as_augmentation
+from prunekern.train.batching import Data, scores
+from prunekern.train.distil import Distil, Teaching, as_distil
+from prunekern.train.evaluate import Loss, cross_entropy, device_of, kept_modes
+from prunekern.train.history import History
+from prunekern.train.progress import shown
+from prunekern.train.run import PRECISIONS, EpochHook, Hook, Methods, Regulariser, Run
+from prunekern.train.seeding import forked_rng
 from prunekern.train.settings import Settings
-
-Hook = Callable[[nn.Module], object]
-Regulariser = Callable[[nn.Module], Tensor | None]
+from prunekern.train.sparsity import Sparsity
 
 
 def fit(
@@ -45,10 +44,19 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     loss: Loss | None = None,
+    warmup: float = 0.0,
+    clip: float | None = None,
+    label_smoothing: float = 0.0,
+    ema: float | None = None,
+    augment: Mapping[str, Any] | Augmentation | None = None,
+    teacher: nn.Module | None = None,
+    distil: Mapping[str, Any] | Distil | bool | None = None,
+    sparsity: Sparsity | None = None,
     regularise: Regulariser | None = None,
     before_step: Hook | None = None,
+    after_epoch: EpochHook | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    amp: bool = False,
+    amp: bool | Literal["bf16", "fp16"] = False,
     progress: bool = True,
 ) -> History:
     """Train `model` **in place** and return what happened, epoch by epoch.
@@ -58,15 +66,26 @@ def fit(
     per epoch. A batch's input may be a tensor, a tuple or a dict. `batch_size` is for tensors and datasets.
 
     `loss(output, target)` averages over the batch (default: cross-entropy of class scores).
-    `regularise(model)` is added to it if it gives a tensor. `before_step(model)` runs between backward and
-    step: change gradients there. The learning rate moves with every batch where the number of batches is
-    known, else with every epoch: "cosine" to zero, "step" by `gamma` at each share of the run in
+    `label_smoothing` softens the targets of the default loss (Szegedy et al. 2016); validation is measured
+    without. `regularise(model)` is added to the loss if it gives a tensor. `clip`: gradients are scaled down to
+    that norm at most. `sparsity` (`GroupLasso`, `GrowingReg`, `SoftPruning`) adds its penalty to the gradients, or
+    acts after each epoch. `before_step(model)` then runs between backward and step: change gradients there.
+    `after_epoch(model, index)` runs before validation.
+
+    The learning rate moves with every batch where the number of batches is known, else with every epoch:
+    `warmup` epochs in a straight line up, then "cosine" to zero, "step" by `gamma` at each share of the rest in
     `milestones`, or "constant". `momentum` and `nesterov` are SGD's. Parameters with `requires_grad=False`
     stay as they are.
 
+    `augment`: `{"crop": 4, "flip": True}` shifts and mirrors images at random (`Augment`), or a function of
+    (input, generator). `teacher`: the model also learns what that one says, as `distil` describes (the fields of
+    `Distil`); the data may then be inputs without labels. `ema`: the weights are averaged with that decay
+    (`Average`); the average is what is validated and what the model holds in the end.
+
     `patience`: stop after that many epochs without a better validation accuracy; the best weights are then
-    restored (`restore_best` asks for that by itself). `amp`: bfloat16 autocast, CUDA only. `device`: train
-    there and move the model back afterwards; by default it is trained where it is.
+    restored (`restore_best` asks for that by itself). `amp`: mixed precision; "bf16" (CUDA or CPU), "fp16" with
+    scaled gradients (CUDA only), True for the better of them on a CUDA device. `device`: train there and move the
+    model back afterwards; by default it is trained where it is.
 
     Reproducible: orders and dropout follow `seed`, and no global generator is disturbed. With `checkpoint`
     the state is written to that file after every epoch; the same call, with the model as it was at first,
@@ -78,25 +97,18 @@ def fit(
     (checkpoint damaged, or of another run), `UnknownName` (optimizer or schedule).
     """
     keep = patience is not None if restore_best is None else restore_best
-    settings = Settings(
-        epochs,
-        lr,
-        optimizer,
-        momentum,
-        nesterov,
-        weight_decay,
-        schedule,
-        tuple(milestones),
-        gamma,
-        batch_size,
-        patience,
-        keep,
-        seed,
-        amp,
-    )
-    _check(model, validate, settings, device)
-    with kept_modes(model, train=True), _placed(model, device) as place, forked_rng(place, seed):
-        run = _Run(model, settings, place, loss or cross_entropy, regularise, before_step)
+    _check(model, validate, patience, keep)
+    settings = Settings(epochs, lr, optimizer, momentum, nesterov, weight_decay, schedule, tuple(milestones), gamma,
+                        batch_size, patience, keep, seed, _precision(amp, model, device), warmup, clip,
+                        label_smoothing, ema)
+    measure = loss or cross_entropy
+    trained = _smoothed(loss, label_smoothing)
+    methods = Methods(trained, _teaching(model, teacher, distil, trained), as_augmentation(augment), sparsity,
+                      regularise, before_step, after_epoch)
+    _check_sparsity(sparsity, model, ema)
+    with kept_modes(model, train=True), _placed(model, device) as place, forked_rng(place, seed), \
+            methods.taught.ready(place) if methods.taught else nullcontext():
+        run = Run(model, settings, place, methods, measure)
         if checkpoint is not None:
             run.resume(checkpoint)
         with shown(epochs, progress) as bar:
@@ -107,16 +119,57 @@ def fit(
         return run.finish()
 
 
-def _check(model: nn.Module, validate: Data | None, settings: Settings, device: torch.device | str | None) -> None:
+def _check(model: nn.Module, validate: Data | None, patience: int | None, restore_best: bool) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"fit: {type(model).__name__} is not a torch.nn.Module; pass the model itself.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("fit: the model has no parameter with requires_grad=True; nothing can be trained.")
-    if validate is None and (settings.patience is not None or settings.restore_best):
+    if validate is None and (patience is not None or restore_best):
         raise InputError("fit: patience and restore_best need validation data; pass validate=.")
+
+
+def _precision(amp: Any, model: nn.Module, device: torch.device | str | None) -> str:
+    """'' for full precision, 'bf16' or 'fp16'. Raises InputError for what the device does not do."""
+    if not amp:
+        return ""
     place = torch.device(device) if device is not None else device_of(model)
-    if settings.amp and place.type != "cuda":
-        raise InputError(f"fit: amp=True works on CUDA only, the model trains on {place}. Drop amp.")
+    if amp not in (True, *PRECISIONS):
+        raise InputError(f"fit: amp={amp!r}; it is False, True, 'bf16' or 'fp16'.")
+    if place.type == "cpu" and amp == "bf16":
+        return "bf16"
+    if place.type != "cuda":
+        raise InputError(f"fit: amp={amp!r} works on CUDA only, the model trains on {place}. Drop amp, or say "
+                         "amp='bf16' on a CPU.")
+    if amp is True:
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return str(amp)
+
+
+def _smoothed(loss: Loss | None, smoothing: float) -> Loss:
+    if not smoothing:
+        return loss or cross_entropy
+    if loss is not None:
+        raise InputError("fit: label_smoothing is for the default loss; leave it out, or smooth in your own.")
+    return lambda output, target: F.cross_entropy(scores(output), target, label_smoothing=smoothing)
+
+
+def _teaching(model: nn.Module, teacher: nn.Module | None, distil: Any, loss: Loss) -> Teaching | None:
+    if teacher is None:
+        if distil:
+            raise InputError("fit: distil= needs a teacher to learn from; pass teacher=.")
+        return None
+    return None if distil is False else Teaching(model, teacher, as_distil(distil), loss)
+
+
+def _check_sparsity(sparsity: Sparsity | None, model: nn.Module, ema: float | None) -> None:
+    if sparsity is None:
+        return
+    if not isinstance(sparsity, Sparsity):
+        raise InputError(f"fit: sparsity is a {type(sparsity).__name__}; pass a GroupLasso, GrowingReg, SoftPruning "
+                         "or another Sparsity.")
+    sparsity.check(model)
+    if ema is not None and not sparsity.averages:
+        raise InputError(f"fit: ema would average away the zeros of {type(sparsity).__name__}; drop one of the two.")
 
 
 @contextmanager
@@ -128,148 +181,3 @@ def _placed(model: nn.Module, device: torch.device | str | None) -> Iterator[tor
         yield place
     finally:
         model.to(home) if place != home else None
-
-
-class _Run:
-    """A run between two epochs: everything a checkpoint has to hold."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        device: torch.device,
-        loss: Loss,
-        regularise: Regulariser | None,
-        before_step: Hook | None,
-    ) -> None:
-        self.model, self.settings, self.device = model, settings, device
-        self.loss, self.regularise, self.before_step = loss, regularise, before_step
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = settings.build(self.parameters)
-        self.records: list[Epoch] = []
-        self.entry = store.state_of(model)
-        self.identity: str | None = None
-        self.best: dict[str, Tensor] = {}
-
-    def over(self) -> bool:
-        return len(self.records) >= self.settings.epochs or self._stalled()
-
-    def _stalled(self) -> bool:
-        best = self._best()
-        return (
-            self.settings.patience is not None
-            and best is not None
-            and len(self.records) - 1 - best >= self.settings.patience
-        )
-
-    def _best(self) -> int | None:
-        scored = [(e.validation_accuracy, -e.epoch) for e in self.records if e.validation_accuracy is not None]
-        return -max(scored)[1] if scored else None
-
-    def epoch(self, train: Data, validate: Data | None, bar: Progress) -> None:
-        start, index = time.perf_counter(), len(self.records)
-        rate = self.settings.rate(index)
-        loss, right = self._train_epoch(passes(train, self.settings.batch_size, self.generator), index, bar)
-        checked = share = None
-        if validate is not None:
-            checked = evaluate(self.model, validate, loss=self.loss, device=self.device)
-            share = None if math.isnan(checked.accuracy) else checked.accuracy
-        if self.settings.restore_best and share is None:
-            raise InputError("fit: patience and restore_best need integer class targets. Drop them.")
-        seconds = time.perf_counter() - start
-        self.records.append(Epoch(index, loss, right, checked and checked.loss, share, rate, seconds))
-        if self.settings.restore_best and self._best() == index:
-            self.best = store.state_of(self.model)
-        bar.end(self.records[-1])
-
-    def _train_epoch(self, batches: Any, index: int, bar: Progress) -> tuple[float, float | None]:
-        """Mean loss and accuracy of one pass."""
-        steps = length(batches)
-        bar.start(index, steps)
-        precise = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.zeros((), dtype=precise, device=self.device)
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        seen, scored = 0, 0
-        for number, (value, target) in enumerate(each(batches, self.device)):
-            self._set_rate(index + (number / steps if steps else 0.0))
-            loss, hits = self._step(value, target)
-            total += loss * len(target)
-            seen += len(target)
-            if hits is not None:
-                right += hits
-                scored += target.numel()
-            bar.step()
-        mean = float(total) / seen
-        if not math.isfinite(mean):
-            store.put_state(self.model, self.entry)
-            raise ModelError(
-                f"fit: the loss became {mean} in epoch {index + 1} (lr={self.settings.lr}); the weights are "
-                "back as they were before training. Lower lr, or look for bad values in the data."
-            )
-        return mean, float(right) / scored if scored else None
-
-    def _set_rate(self, done: float) -> None:
-        rate = self.settings.rate(done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def _step(self, value: Any, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One update; the batch's loss (without the penalty) and how many predictions were right."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16) if self.settings.amp else nullcontext():
-            output = call(self.model, value)
-            loss = self.loss(output, target)
-            penalty = self.regularise(self.model) if self.regularise else None
-        (loss if penalty is None else loss + penalty).backward()
-        if self.before_step is not None:
-            self.before_step(self.model)
-        self.optimizer.step()
-        return loss.detach(), correct(output, target)
-
-    def finish(self) -> History:
-        """Put back the best weights if that was asked for, drop the gradients, and sum up."""
-        self.optimizer.zero_grad(set_to_none=True)
-        restored = self.settings.restore_best and bool(self.best)
-        if restored:
-            store.put_state(self.model, self.best)
-        stopped = self._stalled() and len(self.records) < self.settings.epochs
-        return History(tuple(self.records), self._best(), restored, stopped)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        run = {**self._identity(), "history": History(tuple(self.records)).to_dict()}
-        parts = {
-            "model": store.state_of(self.model),
-            "best": self.best,
-            "optimizer": store.optimizer_tensors(self.optimizer),
-            "rng": rng_states(self.device, self.generator),
-        }
-        store.save(path, run, parts)
-
-    def resume(self, path: str | os.PathLike[str]) -> None:
-        """Continue from `path` if it is there. Raises `ArtefactError` if it belongs to another run."""
-        identity = self._identity()
-        found = store.load(path)
-        if found is None:
-            return
-        run, parts = found
-        for key, value in identity.items():
-            if run.get(key) != value:
-                raise ArtefactError(f"checkpoint {path} {_difference(key, run.get(key), value)}")
-        self.records = list(History.from_dict(run["history"]).epochs)
-        store.put_state(self.model, parts["model"])
-        self.best = parts.get("best", {})
-        store.put_optimizer(self.optimizer, parts.get("optimizer", {}))
-        set_rng_states(self.device, self.generator, parts["rng"])
-
-    def _identity(self) -> dict[str, Any]:
-        if self.identity is None:
-            self.identity = store.fingerprint(self.model)
-        return {"settings": self.settings.to_dict(), "start": self.identity}
-
-
-def _difference(key: str, found: Any, wanted: Any) -> str:
-    if key == "start":
-        return "began with other weights or another model; pass the model as it was then, or delete the file."
-    pairs = [f"{k}={found.get(k)!r}, now {v!r}" for k, v in wanted.items() if found.get(k) != v]
-    return f"is of a run with other settings ({'; '.join(pairs)}); use the same, or delete the file."

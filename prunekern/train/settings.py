@@ -50,7 +50,11 @@ class Settings:
     patience: int | None
     restore_best: bool
     seed: int
-    amp: bool
+    precision: str
+    warmup: float
+    clip: float | None
+    label_smoothing: float
+    ema: float | None
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -65,13 +69,22 @@ class Settings:
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("milestones", all(0 < at < 1 for at in self.milestones), "shares of the run between 0 and 1"),
+            ("warmup", 0 <= self.warmup < max(self.epochs, 1), "epochs from 0 to fewer than there are"),
+            ("clip", self.clip is None or 0 < self.clip < math.inf, "a positive norm, or None"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1 (0.999, say), or None"),
         ):
             if not right:
                 raise InputError(f"fit: {name}={getattr(self, name)!r} must be {remedy}.")
 
     def rate(self, done: float) -> float:
-        """The learning rate after `done` epochs (a fraction within an epoch counts)."""
-        return self.lr * SCHEDULES[self.schedule](self, done / max(self.epochs, 1))
+        """The learning rate after `done` epochs (a fraction within an epoch counts).
+
+        During `warmup` it climbs from a tenth in a straight line (Goyal et al. 2017); the schedule has the rest.
+        """
+        if done < self.warmup:
+            return self.lr * (0.1 + 0.9 * done / self.warmup)
+        return self.lr * SCHEDULES[self.schedule](self, (done - self.warmup) / max(self.epochs - self.warmup, 1e-9))
 
     def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The optimizer over `parameters`."""
