@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from prunekern.backends.exact import Shaken, exactly, kept_of, run_graph
 from prunekern.core.arguments import find_operator
 from prunekern.core.graph import Graph, at
 from prunekern.core.program import Slot, Step
 from prunekern.errors import LoweringError
-from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inputs import Call
 from prunekern.graph.measured import has_measured
 from prunekern.lower.tolerance import FLOOR, TRUSTED, error, limit, loosest
 
 if TYPE_CHECKING:
     from prunekern.backends.lowered import Lowered
+
+Amount = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -114,25 +117,29 @@ def verify_graph(lowered: Lowered, graph: Graph, args: tuple[Any, ...], kwargs: 
     wanted = {slot.name: step for step in program.steps for slot in step.outputs}
     with torch.no_grad():
         ours, outputs, rows = _run_lowered(lowered, args, kwargs, hasty)
-        theirs, flat = _run_graph(graph, graph.tensors, args, kwargs, set(ours))
-        exact, exact_flat, notes = _exact(graph, args, kwargs, set(ours))
+        theirs, flat = run_graph(graph, graph.tensors, args, kwargs, set(ours))
+        exact, exact_flat, notes = exactly(graph, args, kwargs, set(ours))
         own = _model_outputs(model, args, kwargs, flat) if model is not None else flat
+    shaken = None if exact is None else Shaken(graph, args, kwargs, exact, program.kept)
     if exact is None:
         exact, exact_flat = theirs, flat
+
+    def of(name: str) -> Amount | None:
+        return None if shaken is None else partial(shaken.of, name)
     steps: list[Check] = []
     reach, row = 0.0, "direct"             # errors are handed on: a step may owe its own to one before it
     for name, value in ours.items():
         if name in exact and _is_defined(wanted[name]):
             kept = program.kept.get(name)
-            pair = (_kept(exact[name], kept), _kept(theirs[name], kept))
+            pair = (kept_of(exact[name], kept), kept_of(theirs[name], kept))
             row = loosest(row, rows.get(wanted[name].name, "direct"))
-            steps.append(_check(name, wanted[name].name, value, *pair, exact is theirs, reach, row))
+            steps.append(_check(name, wanted[name].name, value, *pair, of(name), reach, row))
             reach = max(reach, steps[-1].torch_error if math.isfinite(steps[-1].torch_error) else 0.0)
             _require(steps[-1], wanted[name], case)
     checks = []
     for index, (leaf, value) in enumerate(zip(program.outputs, outputs, strict=True)):
         if isinstance(leaf, Slot):
-            checks.append(_output_check(f"output {index}", value, exact_flat[index], own[index], exact is theirs, row))
+            checks.append(_output_check(f"output {index}", value, exact_flat[index], own[index], of(leaf.name), row))
             _require(checks[-1], wanted.get(leaf.name), case)
         elif value != own[index]:
             raise LoweringError(f"output {index} is {value!r}, the model gives {own[index]!r} on {case}; "
@@ -140,24 +147,36 @@ def verify_graph(lowered: Lowered, graph: Graph, args: tuple[Any, ...], kwargs: 
     return Verification((case,), tuple(steps), tuple(checks), tuple(notes))
 
 
-def _check(name: str, step: str, value: Tensor, exact: Tensor, theirs: Tensor, inexact: bool,
+def _check(name: str, step: str, value: Tensor, exact: Tensor, theirs: Tensor, shaken: Amount | None,
            reach: float = 0.0, row: str = "direct") -> Check:
-    """reach: the largest error that torch made on the way to this value; row: of the loosest algorithm there."""
+    """shaken: how far rounding moves this value, asked where torch's own error is too small to say; None where both may
+    err, there being no fp64 to compare with. reach: the largest error that torch made on the way to this value; row: of
+    the loosest algorithm there."""
     if not (value.is_floating_point() or value.is_complex()):
-        ours, torchs = (float((v != exact).double().mean()) if v.shape == exact.shape else 1.0 for v in (value, theirs))
+        ours, torchs = _share_of_others(value, exact), _share_of_others(theirs, exact)
         return Check(name, step, ours, torchs, 2 * torchs + 1e-3)
-    torch_error = error(theirs, exact)
-    floor = FLOOR.get(value.dtype, 0.0) if inexact else 0.0      # no fp64 to compare with: both may err
-    return Check(name, step, error(value, exact), torch_error, limit(torch_error, value.dtype, row, reach) + 3 * floor)
+    found, torch_error = error(value, exact), error(theirs, exact)
+    most = limit(torch_error, value.dtype, row, reach)
+    if shaken is None:
+        most += 3 * FLOOR.get(value.dtype, 0.0)
+    elif math.isfinite(found) and found > most:
+        most = limit(torch_error, value.dtype, row, reach, shaken())
+    return Check(name, step, found, torch_error, most)
 
 
-def _output_check(name: str, value: Tensor, exact: Tensor, own: Tensor, inexact: bool, row: str) -> Check:
+def _share_of_others(value: Tensor, exact: Tensor) -> float:
+    if value.shape != exact.shape:
+        return 1.0
+    return float((value != exact).double().mean()) if value.numel() else 0.0
+
+
+def _output_check(name: str, value: Tensor, exact: Tensor, own: Tensor, shaken: Amount | None, row: str) -> Check:
     """Against fp64; where that is visibly another network (it looks at bits, say), against the model's own dtype."""
-    check = _check(name, "", value, exact, own, inexact, row=row)
+    check = _check(name, "", value, exact, own, shaken, row=row)
     trusted = TRUSTED.get(value.dtype)
     if trusted is None or check.torch_error <= trusted:
         return check
-    return _check(name, "", value, own, own, True, row=row)
+    return _check(name, "", value, own, own, None, row=row)
 
 
 def _is_defined(step: Step) -> bool:
@@ -178,10 +197,6 @@ def _require(check: Check, step: Step | None, case: str) -> None:
         "blame, and report the network; nothing wrong is returned.")
 
 
-def _kept(value: Tensor, kept: tuple[int, tuple[int, ...]] | None) -> Tensor:
-    return value if kept is None else value.index_select(kept[0], torch.tensor(kept[1], device=value.device))
-
-
 def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, Any], hasty: bool,
                  ) -> tuple[dict[str, Tensor], list[Any], Mapping[str, str]]:
     """Values of slots, leaves of the output, and the steps' rows of the tolerance table."""
@@ -197,54 +212,6 @@ def _run_lowered(lowered: Lowered, args: tuple[Any, ...], kwargs: Mapping[str, A
     leaves = [next(results) if isinstance(leaf, Slot) else at(leaf, signature.batch)
               for leaf in lowered.program.outputs]
     return values, leaves, placement.rows
-
-
-def _run_graph(graph: Graph, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any],
-               names: set[str]) -> tuple[dict[str, Tensor], list[Any]]:
-    values: dict[str, Tensor] = {}
-
-    def keep(node: fx.Node, value: Any) -> None:
-        several = isinstance(value, (tuple, list))
-        for name, each in ((f"{node.name}.{i}", v) for i, v in enumerate(value)) if several else ((node.name, value),):
-            if name in names and isinstance(each, Tensor):
-                values[name] = each.clone()         # it may be written in place later
-    return values, pytree.tree_leaves(evaluate(graph, tensors, args, kwargs, after=keep),
-                                      is_leaf=lambda leaf: leaf is None)
-
-
-def _exact(graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: set[str],
-           ) -> tuple[dict[str, Tensor] | None, list[Any], list[str]]:
-    def double(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            return value
-        return value.to(torch.complex128 if value.is_complex() else torch.float64)
-    tensors = {name: double(tensor) for name, tensor in graph.tensors.items()}
-    wide_args, wide_kwargs = pytree.tree_map(double, (args, dict(kwargs)))
-    try:
-        values, flat = _run_graph(widened(graph), tensors, wide_args, wide_kwargs, names)
-    except (RuntimeError, TypeError) as failure:
-        return None, [], [f"the network does not run in fp64 ({str(failure).splitlines()[0]}), so it was held to its "
-                          "own dtype"]
-    return values, flat, []
-
-
-def widened(graph: Graph) -> Graph:
-    """The same graph with every mention of float32 made float64."""
-    def wide(arg: Any) -> Any:
-        if isinstance(arg, (list, tuple)):
-            return type(arg)(wide(item) for item in arg) if not hasattr(arg, "_fields") else arg
-        return torch.float64 if arg is torch.float32 else arg
-    if not any(leaf is torch.float32 for node in graph.nodes for leaf in
-               pytree.tree_leaves((list(node.args), dict(node.kwargs)))):
-        return graph
-    copy, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
-    copy.output(copy.graph_copy(graph.fx, nodes))
-    for old, new in nodes.items():
-        new.name = old.name                # a copy is renamed where it is called like a builtin, such as ``input``
-    for node in copy.nodes:
-        node.args = wide(tuple(node.args))
-        node.kwargs = {key: wide(arg) for key, arg in node.kwargs.items()}
-    return replace(graph, fx=copy)
 
 
 def _model_outputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], traced: list[Any]) -> list[Any]:

@@ -73,6 +73,7 @@ class Simple:
 
 def _axis(step: Step, rank: int, axis: int) -> int:
     """An axis of a value as an axis of ``builder.axes``."""
+    rank = max(1, rank)                 # a scalar is one element along some axis
     return AXES - rank + axis % rank
 
 

@@ -58,8 +58,8 @@ def _into(layout: Layout, step: Step, function: Callable[..., Any], algorithm: s
 def scale(layout: Layout, step: Step) -> Kernel:
     axis, rank = step.attributes["axis"], len(step.output.shape)
     gain, shift = (layout.weight(step.weights[role]) for role in ("scale", "shift"))
-    if gain.numel() > 1:
-        shape = (-1, *[1] * (rank - 1 - axis))
+    if gain.numel() > 1 or not rank:
+        shape = (-1, *[1] * (rank - 1 - axis)) if rank else ()
         gain, shift = gain.view(shape), shift.view(shape)
     return _into(layout, step, lambda x, out: torch.addcmul(shift, x, gain, out=out), "scale")
 
