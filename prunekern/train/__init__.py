@@ -7,6 +7,7 @@ from prunekern.train.distil import Distil, kept_outputs
 from prunekern.train.evaluate import Evaluation, accuracy, cross_entropy, evaluate
 from prunekern.train.history import Epoch, History
 from prunekern.train.loop import fit
+from prunekern.train.masks import FixedMasks, fine_tune
 from prunekern.train.seeding import seed_everything
 from prunekern.train.sparsity import GroupLasso, GrowingReg, SoftPruning, Sparsity
 
@@ -17,6 +18,7 @@ __all__ = [
     "Distil",
     "Epoch",
     "Evaluation",
+    "FixedMasks",
     "GroupLasso",
     "GrowingReg",
     "History",
@@ -25,6 +27,7 @@ __all__ = [
     "accuracy",
     "cross_entropy",
     "evaluate",
+    "fine_tune",
     "fit",
     "kept_outputs",
     "passes",

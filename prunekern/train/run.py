@@ -168,6 +168,8 @@ class Run:
             methods.before_step(self.model)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if methods.sparsity is not None:
+            methods.sparsity.after_step(self.model)
         if self.average is not None:
             self.average.update(self.model)
         return loss.detach(), None if target is None else correct(output, target)

@@ -66,6 +66,9 @@ class Sparsity:
     def before_step(self, model: nn.Module) -> None:
         """Called between backward and step: change gradients."""
 
+    def after_step(self, model: nn.Module) -> None:
+        """Called after every update of the weights."""
+
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         """Called after every epoch (from 0), before validation."""
 

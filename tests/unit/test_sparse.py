@@ -6,6 +6,7 @@ import math
 import os
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from prunekern.prune import semi_structured, sparse_file
 from prunekern.prune.semi_structured import follows, to_semi_structured, unavailable
 from prunekern.prune.sparse import Masks, imposed, magnitude, masked, nm, prunable, zeros_of
 from prunekern.prune.sparse_file import load_sparse, save_sparse, sizes
-from tests.training import same
+from prunekern.train import FixedMasks, fine_tune
+from tests.training import blobs, figures, network, same, train
+from tests.unit.test_train_resume import StopHereError, kill_after
 
 
 def small() -> nn.Sequential:
@@ -253,6 +256,91 @@ def test_layers_that_cannot_run_sparse_are_named(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     with pytest.raises(ModelError, match="0: its weights are not 2:4"):
         to_semi_structured(model)
+
+
+# ---- training under masks --------------------------------------------------------------------------------------------
+
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}, {"lr": 0.05, "nesterov": True, "ema": 0.9},
+    {"lr": 0.01, "optimizer": "adamw", "weight_decay": 0.1, "clip": 1.0}, {"lr": 0.02, "patience": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
+def test_masks_survive_training(options: dict[str, Any]) -> None:
+    model = network()
+    masks = magnitude(model, 0.6)
+    before = state(model)
+    moments: list[bool] = []
+
+    def look(module: nn.Module) -> None:
+        moments.append(all(not bool(p.detach()[gone].any()) for p, gone in masks.pairs(module)))
+    history = fine_tune(model, masks, blobs(), blobs(30, 2), epochs=4, batch_size=16, progress=False, before_step=look,
+                        **options)
+    assert moments == [True] * 6 * len(history)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    for name, kept in masks.kept.items():
+        found = model.state_dict()[name]
+        assert not found[~kept].any()
+        assert (found[kept] != before[name][kept]).all()
+
+
+def test_momentum_of_an_earlier_mask_does_not_come_through() -> None:
+    """What the gradient alone would not stop: the optimizer moves a weight that has none."""
+    model = network()
+    masks = magnitude(model, 0.6)
+    masks.impose(model)
+    keeper = FixedMasks(masks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+        parameter.grad = torch.ones_like(parameter)
+    keeper.before_step(model)
+    for name, parameter in prunable(model).items():
+        assert torch.equal(parameter.grad != 0, masks.kept[name])
+    optimizer.step()
+    assert any(bool(p.detach()[gone].any()) for p, gone in masks.pairs(model))
+    keeper.after_step(model)
+    assert not any(bool(p.detach()[gone].any()) for p, gone in masks.pairs(model))
+
+
+def test_the_loop_restores_masks_after_every_step() -> None:
+    """Gradients that come in after the masks have cleared them: only what follows the step can put that right."""
+    model = network()
+    masks = magnitude(model, 0.6)
+
+    def push(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    fine_tune(model, masks, blobs(), epochs=1, lr=0.01, batch_size=16, progress=False, before_step=push)
+    assert zeros_of(model).zeros == masks.zeros
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_interrupted_fine_tuning_goes_on_with_its_masks(tmp_path: Path, optimizer: str) -> None:
+    options = {"epochs": 4, "lr": 0.02, "optimizer": optimizer, "batch_size": 16, "progress": False}
+    masks = magnitude(network(), 0.6)
+    whole, parted, again = network(), network(), network()
+    expected = fine_tune(whole, masks, blobs(), **options)
+    with pytest.raises(StopHereError):
+        fine_tune(parted, masks, blobs(), checkpoint=tmp_path / "run", before_step=kill_after(15), **options)
+    steps: list[int] = []
+    found = fine_tune(again, masks, blobs(), checkpoint=tmp_path / "run", before_step=lambda m: steps.append(1),
+                      **options)
+    assert len(steps) == 12                  # two of four epochs were done
+    assert figures(found) == figures(expected)
+    assert same(again, whole)
+    assert zeros_of(again).zeros == masks.zeros
+    with pytest.raises(ArtefactError, match="other"):
+        fine_tune(network(), magnitude(network(), 0.5), blobs(), checkpoint=tmp_path / "run", **options)
+
+
+def test_other_models_and_unmasked_ones_are_refused() -> None:
+    masks = magnitude(network(), 0.6)
+    with pytest.raises(InputError, match=r"masks\.impose"):
+        train(network(), sparsity=FixedMasks(masks))
+    with pytest.raises(ModelError, match="fit the model"):
+        fine_tune(nn.Linear(8, 3), masks, blobs(), epochs=1, lr=0.1)
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
