@@ -37,8 +37,8 @@ FIT = {"epochs": 1, "lr": 0.01}
 
 
 def compress(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
-             criterion: str | Criterion = "l2", reduction: str = "mean", normalisation: str = "mean",
-             direction: str = "minimum", ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
+             criterion: str | Criterion = "l2", reduction: str | None = None, normalisation: str | None = None,
+             direction: str | None = None, ranking: str | None = None, ignore: Sequence[str] = (), round_to: int = 1,
              policy: Asked | None = None, calibrate: Any = None, train: Any = None, validate: Any = None,
              test: Any = None, steps: int = 1, fit: Mapping[str, Any] | None = None, recalibrate: bool = False,
              plan: Plan | None = None,
@@ -51,9 +51,10 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     from a loader, or inferred from an unambiguous first layer, where left out. target: what remains (default:
     half of the MACs); shares may be combined, ``accuracy`` and ``max_drop`` need ``validate``.
     criterion, reduction, normalisation, direction: see ``prunekern.prune.importance.score``. ranking: 'global'
-    or 'layer'. ignore: globs of layers left alone. round_to: channels kept are multiples of it. policy: which kinds of
-    channels are candidates: attention heads or widths, output features, what is normalised across
-    (``prunekern.core.policy.Policy``, or a mapping: {'attention': 'widths', 'inexact': True}).
+    or 'layer'. Left out, these are what the criterion brings. ignore: globs of layers left alone. round_to: channels
+    kept are multiples of it. policy: which kinds of channels are candidates: attention heads or widths, output
+    features, what is normalised across (``prunekern.core.policy.Policy``, or a mapping: {'attention': 'widths',
+    'inexact': True}).
     calibrate: unlabelled batches, for criteria that look at activations and for ``recalibrate`` (batch-norm
     statistics estimated again after every cut). train, validate, test: loaders, (inputs, labels) tensors or
     functions; ``train(model)`` may train in place itself, ``validate(model)`` and ``test(model)`` may return an

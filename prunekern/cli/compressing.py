@@ -52,7 +52,7 @@ MAX_DROP = Annotated[float | None, typer.Option(
     "--max-drop", metavar="POINTS", rich_help_panel=WHAT, help="The same, as percentage points lost at most.")]
 PLAN = Annotated[Path | None, typer.Option("--plan", metavar="FILE", rich_help_panel=WHAT,
                                            help="What this plan says; see prunekern plan.")]
-RANKING = Annotated[str, typer.Option("--ranking", metavar="HOW", rich_help_panel=HOW, help="global: the least "
+RANKING = Annotated[str | None, typer.Option("--ranking", metavar="HOW", rich_help_panel=HOW, help="global: the least "
                                       "important anywhere go first; layer: the same share everywhere.")]
 IGNORE = Annotated[list[str] | None, typer.Option("--ignore", metavar="GLOB", rich_help_panel=HOW,
                                                   help="Layers left alone; repeatable.")]
@@ -100,7 +100,7 @@ def add_to(app: typer.Typer) -> None:
 
 def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
              accuracy: ACCURACY = None, max_drop: MAX_DROP = None, plan: PLAN = None,
-             criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
+             criterion: CRITERION = "l2", ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
              attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
              steps: STEPS = 1, data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
              input: INPUT = None, lower: LOWER = True, backend: BACKEND = "auto", time: TIME = False, out: OUT = None,
@@ -145,7 +145,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
 
 
 def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
-         criterion: CRITERION = "l2", ranking: RANKING = "global", ignore: IGNORE = None, round_to: ROUND_TO = 1,
+         criterion: CRITERION = "l2", ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
          attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
          start: FROM = None, remove: REMOVE = None, keep: KEEP = None, input: INPUT = None,
          out: PLAN_FILE = None,

@@ -9,7 +9,7 @@ import typer
 
 from prunekern.backends import BACKENDS
 from prunekern.errors import TargetError
-from prunekern.prune.importance import CRITERIA
+from prunekern.prune.importance import CRITERIA, DROPNET
 
 TARGET = Annotated[str, typer.Argument(
     metavar="TARGET", help="package.module:factory, or the folder of a saved result.")]
@@ -21,7 +21,8 @@ THREADS = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", he
 BACKEND = Annotated[str, typer.Option("--backend", metavar="NAME", help="Who runs the lowered network: auto or "
                                                         f"{', '.join(b.name for b in BACKENDS)}.")]
 CRITERION = Annotated[str, typer.Option("--criterion", metavar="NAME", help="How important a channel is: "
-                                        f"{', '.join(CRITERIA)}.")]
+                                        f"{', '.join(CRITERIA)}; several joined by + (l2+taylor); or dropnet: and one "
+                                        f"of {', '.join(DROPNET)}.")]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no remarks.")]
 

@@ -20,8 +20,8 @@ from prunekern.graph.parts import Parts
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
 from prunekern.prune.attributes import hard_coded, slice_class
-from prunekern.prune.importance import Criterion, score
-from prunekern.prune.importance.score import Direction, Normalisation, Reduction
+from prunekern.prune.importance import Criterion, score, settle
+from prunekern.prune.importance.names import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
 from prunekern.prune.rewrite import PrunedModule, rewrite
 from prunekern.prune.slice import choice_of, plan_of
@@ -64,16 +64,18 @@ def groups_of(model: nn.Module, example_inputs: Any, *, policy: Asked = DEFAULT,
 
 
 def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
-          criterion: str | Criterion = "l2", reduction: Reduction = "mean", normalisation: Normalisation = "mean",
-          direction: Direction = "minimum", ranking: str = "global", ignore: Sequence[str] = (), round_to: int = 1,
+          criterion: str | Criterion = "l2", reduction: Reduction | None = None,
+          normalisation: Normalisation | None = None, direction: Direction | None = None,
+          ranking: str | None = None, ignore: Sequence[str] = (), round_to: int = 1,
           policy: Asked = DEFAULT, calibrate: Any = None, loss: Callable[..., Tensor] | None = None,
           groups: Groups | None = None, seed: int = 0, clock: Clock | None = None) -> Pruned:
     """Shrink a network to a target and prove it equal to the masked original. The model is not modified.
 
     example_inputs: one batch as a tensor, tuple or dict. criterion: a name or a function (see
     ``prunekern.prune.importance``); reduction and normalisation: how a group's members and a family's groups
-    are made comparable. ranking: 'global' or 'layer'. ignore: globs of layers left alone. round_to: channels
-    kept are multiples of it. policy: which kinds of channels are candidates (see ``groups_of``; groups have theirs).
+    are made comparable. ranking: 'global' or 'layer'. All these: as the criterion brings it, where left out. ignore:
+    globs of layers left alone. round_to: channels kept are multiples of it. policy: which kinds of channels are
+    candidates (see ``groups_of``; groups have theirs).
     calibrate: batches for criteria that look at activations or gradients. clock: told of each stage as it begins.
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
@@ -91,8 +93,8 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
     return cut(model, groups, keep, plan, clock=clock, seed=seed)
 
 
-def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2", reduction: Reduction = "mean",
-            normalisation: Normalisation = "mean", direction: Direction = "minimum", ranking: str = "global",
+def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2", reduction: Reduction | None = None,
+            normalisation: Normalisation | None = None, direction: Direction | None = None, ranking: str | None = None,
             ignore: Sequence[str] = (), round_to: int = 1, calibrate: Any = None,
             loss: Callable[..., Tensor] | None = None, seed: int = 0) -> tuple[Plan, Tensor]:
     """Which channels ``prune`` would keep, before anything is cut: (the plan, boolean [groups]).
@@ -104,6 +106,7 @@ def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2"
     scores = score(groups, criterion, reduction=reduction, normalisation=normalisation, direction=direction,
                    batches=calibrate, loss=loss, seed=seed)
     units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
+    ranking = settle(criterion, ranking=ranking).ranking
     choice = choose(groups, units, target, ranking=ranking)
     asked = {"criterion": scores.criterion, "ranking": ranking, **target.to_json()}
     return plan_of(groups, choice.keep, costs=choice.costs, target=asked,

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import Graph
 from prunekern.core.rule import aten
 from prunekern.errors import InputError
-from prunekern.graph.evaluate import evaluate
 from prunekern.graph.groups import Groups
-from prunekern.graph.inputs import Call
 from prunekern.graph.labels import Labels
 from prunekern.prune.importance.calibration import Data, calls
+from prunekern.prune.importance.curvature import Curvature, curvature
+from prunekern.prune.importance.passes import Batch, differentiable, first, loss_of, output_of, run
 
 Contribution = tuple[Tensor, Tensor]
 """(group of each entry [n], score of each entry [n], not negative; higher means more important)."""
@@ -54,6 +52,15 @@ class Statistics:
 
 
 @dataclass(frozen=True, eq=False)
+class Site:
+    """Where activations are looked at: an axis with channels of a node; groups [n]: the group of each index."""
+
+    node: str
+    axis: int
+    groups: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """Everything a criterion may use. Gradients and activations are computed when first asked for, then kept.
 
@@ -61,12 +68,14 @@ class Evidence:
     loss:    ``loss(output, target)``, or ``loss(output)`` where batches hold no target; averaged over the
              batch. Default: cross-entropy of class scores.
     seed:    for criteria that draw at random.
+    remarks: what criteria want told beside their scores (``remark``); ``score`` puts it into its notes.
     """
 
     groups: Groups
     batches: Data | None = None
     loss: Callable[..., Tensor] | None = None
     seed: int = 0
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def graph(self) -> Graph:
@@ -94,6 +103,37 @@ class Evidence:
         """
         return self._activations
 
+    def curvature(self) -> Curvature:
+        """Means of squared per-sample gradients, by weight and by group (``curvature.curvature``).
+
+        Works without targets: labels are then drawn from the model's output. Raises InputError without data, or
+        where there is no output to draw from.
+        """
+        return self._curvature
+
+    def maps(self, see: Callable[[Site, Tensor], None], rows: int | None = None) -> None:
+        """Show the activations themselves, batch after batch: nothing of them is kept here.
+
+        see(site, value): value [rows, channels, positions...], what ``activations`` measures. rows: only the first so
+        many rows of the data. Raises InputError without data.
+        """
+        sites: dict[fx.Node, list[Site]] = {}
+        for node in _measured(self.groups.labels):
+            sites[node] = [Site(node.name, axis, groups) for axis, groups in self.groups.labels.live[node]]
+
+        def after(node: fx.Node, value: Any) -> None:
+            for site in sites.get(node, ()):
+                shown = value.unsqueeze(0) if site.axis == 0 else value
+                see(site, shown.movedim(max(site.axis, 1), 1))
+
+        for number, (call, _) in enumerate(first(self._calls("activations"), rows)):
+            with torch.no_grad():
+                run(self.graph, self.graph.tensors, call, number, after=after)
+
+    def remark(self, text: str) -> None:
+        """Say something that a reader of the report should know about these scores."""
+        self.remarks.append(text)
+
     # ---- how -----------------------------------------------------------------------------------------------
 
     @cached_property
@@ -115,7 +155,7 @@ class Evidence:
     @cached_property
     def _gradients(self) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            state, leaves = _differentiable(self.graph, {weight.name for weight in self._weights})
+            state, leaves = differentiable(self.graph, (weight.name for weight in self._weights))
             total = {
                 name: torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
                 for name, leaf in leaves.items()
@@ -130,38 +170,28 @@ class Evidence:
                 rows += call.batch or 1
             return {name: gradient / rows for name, gradient in total.items()}
 
-    def _loss_of(self, state: Mapping[str, Tensor], call: Call, target: Any, number: int) -> Tensor:
+    def _loss_of(self, state: Mapping[str, Tensor], call: Any, target: Any, number: int) -> Tensor:
         if target is None and self.loss is None:
             raise InputError(
                 "gradients need a loss, and the calibration data holds no targets; pass batches of "
                 "(inputs, target), or loss=function of the output."
             )
-        flat = _run(self.graph, state, call, number, out_of_place=True)
-        output = pytree.tree_unflatten(flat, self.graph.out_spec)
-        try:
-            loss = (self.loss or F.cross_entropy)(output, *(() if target is None else (target,)))
-        except Exception as error:
-            name = getattr(self.loss, "__name__", type(self.loss).__name__) if self.loss else "cross-entropy"
-            raise InputError(
-                f"the loss ({name}) fails on calibration batch {number}: {type(error).__name__}: "
-                f"{error}. Pass loss=function(output, target) that fits the model's output."
-            ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise InputError(
-                "the loss must be one number that depends on the weights through differentiable "
-                f"operators; got {f'shape {tuple(loss.shape)}' if isinstance(loss, Tensor) else loss!r}."
-            )
-        return loss.reshape(())
+        return loss_of(self.loss, output_of(self.graph, state, call, number), target, number)
+
+    @cached_property
+    def _curvature(self) -> Curvature:
+        names = [weight.name for weight in self._weights]
+        return curvature(self.groups.labels, names, self._calls("squared gradients"), self.loss, self.seed)
 
     @cached_property
     def _activations(self) -> tuple[Statistics, ...]:
         meter = _Meter(self.groups.labels)
         for number, (call, _) in enumerate(self._calls("activations")):
             with torch.no_grad():
-                _run(self.graph, self.graph.tensors, call, number, after=meter)
+                run(self.graph, self.graph.tensors, call, number, after=meter)
         return meter.result()
 
-    def _calls(self, what: str) -> Iterator[tuple[Call, Any]]:
+    def _calls(self, what: str) -> Iterator[Batch]:
         if self.batches is None:
             raise InputError(
                 f"{what} need calibration data and none was given; pass some batches that the model "
@@ -173,25 +203,18 @@ class Evidence:
 Criterion = Callable[[Evidence], Iterable[Contribution]]
 
 
-def _run(graph: Graph, tensors: Mapping[str, Tensor], call: Call, number: int, **how: Any) -> list[Any]:
-    try:
-        return evaluate(graph, tensors, call.args, call.kwargs, **how)
-    except Exception as error:
-        raise InputError(
-            f"the network fails on calibration batch {number} ({call}): {type(error).__name__}: {error}. "
-            "Pass batches like the example inputs."
-        ) from error
+C = TypeVar("C", bound=Callable[..., Any])
 
 
-def _differentiable(graph: Graph, weights: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The state with copies (sharing memory) of all parameters that collect gradients, and those copies."""
-    state = {name: tensor.detach() for name, tensor in graph.tensors.items()}
-    leaves = {
-        name: state[name].requires_grad_()
-        for name, tensor in graph.tensors.items()
-        if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or name in weights)
-    }
-    return state, leaves
+def brings(**settings: str) -> Callable[[C], C]:
+    """Settings of ``score`` (normalisation, reduction, direction) that a criterion is meant to have: they hold where a
+    caller leaves them out. A decorator."""
+
+    def decorate(criterion: C) -> C:
+        criterion.__dict__["settings"] = settings
+        return criterion
+
+    return decorate
 
 
 PASSED = frozenset(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,31 +11,11 @@ from torch import Tensor
 from prunekern.core.labels import FIXED
 from prunekern.errors import InputError, unknown
 from prunekern.graph.groups import Family, Groups
-from prunekern.prune.importance.activation import activation
-from prunekern.prune.importance.apoz import apoz
-from prunekern.prune.importance.bn_scale import bn_scale
 from prunekern.prune.importance.calibration import Data
 from prunekern.prune.importance.evidence import Contribution, Criterion, Evidence
-from prunekern.prune.importance.fpgm import fpgm
-from prunekern.prune.importance.l1 import l1
 from prunekern.prune.importance.l2 import l2
-from prunekern.prune.importance.random import random
-from prunekern.prune.importance.taylor import taylor
+from prunekern.prune.importance.names import Direction, Normalisation, Reduction, settle
 
-CRITERIA: Mapping[str, Criterion] = {
-    "l1": l1,
-    "l2": l2,
-    "bn_scale": bn_scale,
-    "taylor": taylor,
-    "fpgm": fpgm,
-    "activation": activation,
-    "apoz": apoz,
-    "random": random,
-}
-
-Reduction = Literal["mean", "sum", "max", "prod", "first"]
-Normalisation = Literal["none", "mean", "max", "sum", "gauss"]
-Direction = Literal["minimum", "maximum"]
 DIRECTIONS = ("minimum", "maximum")
 
 
@@ -64,9 +43,9 @@ def score(
     groups: Groups,
     criterion: str | Criterion = "l2",
     *,
-    reduction: Reduction = "mean",
-    normalisation: Normalisation = "mean",
-    direction: Direction = "minimum",
+    reduction: Reduction | None = None,
+    normalisation: Normalisation | None = None,
+    direction: Direction | None = None,
     batches: Data | None = None,
     loss: Callable[..., Tensor] | None = None,
     seed: int = 0,
@@ -74,18 +53,23 @@ def score(
 ) -> Scores:
     """Score every group of channels.
 
-    criterion:     a name in ``CRITERIA``, or a function of an Evidence that yields contributions.
-    reduction:     how a group's contributions become one number; 'first' takes the first in the graph (the
-                   layer that issues the channels).
-    normalisation: within each family, so that layers can be compared: divided by the mean, max or sum of the
-                   family; 'gauss' subtracts the mean and divides by the standard deviation.
+    criterion:     a name in ``CRITERIA``; several joined by '+' (``ensemble``); 'dropnet:' and one of its metrics
+                   (``dropnet.DROPNET``); or a function of an Evidence that yields contributions.
+    The next three are what the criterion brings (``brings``) where they are left out, else the first of each:
+    reduction:     'mean', 'sum', 'max', 'prod', 'first': how a group's contributions become one number; 'first'
+                   takes the first in the graph (the layer that issues the channels).
+    normalisation: 'mean', 'max', 'sum', 'gauss', 'none': within each family, so that layers can be compared:
+                   divided by the mean, max or sum of the family; 'gauss' subtracts the mean and divides by the
+                   standard deviation.
     direction:     'minimum' removes the lowest first, 'maximum' the highest.
     batches, loss, seed: see Evidence. evidence: one made before, instead of these, to share what it computed.
 
     A family that the criterion leaves out, wholly or in part, is scored by l2 and named in the notes.
     Raises UnknownName; InputError where data is missing, or a criterion yields nothing or nonsense.
     """
-    name, function = _named(criterion)
+    settled = settle(criterion, reduction=reduction, normalisation=normalisation, direction=direction)
+    name, function = settled.name, settled.criterion
+    reduction, normalisation, direction = settled.reduction, settled.normalisation, settled.direction
     _check(reduction, normalisation, direction)
     if evidence is None:
         evidence = Evidence(groups, batches, loss, seed)
@@ -94,7 +78,9 @@ def score(
             "score: evidence belongs to other groups, or comes along with batches or loss; "
             "pass Evidence(groups, batches, loss, seed) alone."
         )
+    said = len(evidence.remarks)
     raw = _reduced(evidence, name, function, reduction)
+    remarks = dict.fromkeys(evidence.remarks[said:])
     values = torch.full_like(raw, torch.inf)
     missing = [family for family in groups if bool(raw[family.groups].isnan().any())]
     if missing:
@@ -110,7 +96,7 @@ def score(
             if len(own) > 1 and bool((own == own[0]).all()):
                 tied.append(family)
     values[FIXED] = torch.inf
-    notes = tuple(_notes(name, missing, tied, normalisation))
+    notes = (*remarks, *_notes(name, missing, tied, normalisation))
     return Scores(values, name, reduction, normalisation, direction, notes)
 
 
@@ -129,17 +115,10 @@ def _listed(families: list[Family]) -> str:
     return ", ".join(f"{family.name!r} ({family.channels})" for family in families[:8]) + more
 
 
-def _named(criterion: str | Criterion) -> tuple[str, Criterion]:
-    if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise unknown("criterion", criterion, CRITERIA)
-        return criterion, CRITERIA[criterion]
-    if not callable(criterion):
-        raise InputError(
-            f"criterion is a {type(criterion).__name__}; pass a name ({', '.join(sorted(CRITERIA))}) "
-            "or a function of an Evidence."
-        )
-    return getattr(criterion, "__name__", type(criterion).__name__), criterion
+LACKS = {
+    "bn_scale": " (it has no batch norm with a scale on channels that can be pruned)",
+    "hrank": " (no layer reads maps of two axes or more, which have a rank)",
+}
 
 
 def _check(reduction: str, normalisation: str, direction: str) -> None:
@@ -169,11 +148,7 @@ def _reduced(evidence: Evidence, name: str, criterion: Criterion, reduction: str
     if len(evidence.groups) and not bool(seen[torch.cat([f.groups for f in evidence.groups])].any()):
         raise InputError(
             f"criterion {name!r} scores no channel of this model"
-            + (
-                " (it has no batch norm with a scale on channels that can be pruned)"
-                if name == "bn_scale"
-                else ""
-            )
+            + LACKS.get(name, "")
             + "; choose another one, e.g. 'l2'."
         )
     values = REDUCTIONS[reduction](ids, scores, count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
 import torch
@@ -24,15 +24,22 @@ def per_group(groups: Tensor, values: Tensor, how: Literal["sum", "mean"]) -> Co
     return ids, total
 
 
-def slice_sums(evidence: Evidence, of: Callable[[Weight, Tensor], Tensor]) -> Iterator[Contribution]:
+def slice_sums(
+    evidence: Evidence,
+    of: Callable[[Weight, Tensor], Tensor],
+    only: Collection[tuple[str, int]] | None = None,
+) -> Iterator[Contribution]:
     """For every axis with channels of every weight: the sum over each group's slice.
 
     of(weight, values): what is summed up, a tensor of the weight's shape; values: the weight in fp32 or fp64.
+    only: (name, axis) of the slices that count; None: all.
     """
     for weight in evidence.weights():
-        if weight.tensor.is_floating_point():
+        axes = [axis for axis in sorted(weight.axes) if only is None or (weight.name, axis) in only]
+        if axes and weight.tensor.is_floating_point():
             summands = of(weight, as_float(weight.tensor))
-            for axis, groups in sorted(weight.axes.items()):
+            for axis in axes:
+                groups = weight.axes[axis]
                 yield per_group(groups.reshape(-1), axis_sums(summands, axis, groups).reshape(-1), "sum")
 
 
