@@ -91,6 +91,7 @@ class Tape:
         self.frozen: list[Frozen] = []
         self.joint: list[Tensor] = []
         self.balanced: list[Tensor] = []
+        self.facing: list[tuple[Tensor, Tensor]] = []       # balanced, too, unless the rows can leave in pairs
         self.tables: dict[tuple[str, int], Tensor] = {}
         self.axes: dict[tuple[str, int], Tensor] = {}
         self.produced: dict[tuple[str, int], None] = {}

@@ -196,21 +196,45 @@ def _has_tensor(tape: Tape, node: fx.Node) -> bool:
 
 def _finish(tape: Tape) -> Labels:
     group, count = _components(tape)
-    for table in tape.joint:
-        if _free_axis(group[table]) is None:
-            # Keep the same positions in every row: the last axis is free, all others run together.
-            first = table.reshape(-1, table.shape[-1])[:1].view((1,) * (table.dim() - 1) + (-1,))
-            tape.unify(table, first.expand_as(table))
-            group, count = _components(tape)
+    while _bend(tape, group) or _tie_rows(tape, group):
+        group, count = _components(tape)
+    balanced = [*tape.balanced, *(table for pair in tape.facing if not _in_rows(pair, group) for table in pair)]
     axes = {key: group[tape.tables.get(key, labels)] for key, labels in tape.axes.items()}
     return Labels(
         graph=tape.graph, groups=count, axes=axes,
         live={node: _live_of(item, group) for node, item in tape.memory.items() if item},
         produced=tuple(tape.produced), consumed=frozenset(tape.consumed),
-        balanced=tuple(group[table] for table in tape.balanced),
+        balanced=tuple(group[table] for table in balanced),
         lookups={name: group[labels] for name, labels in tape.lookups.items()},
         masked={node: tuple(args) for node, args in tape.masked.items()}, frozen=tuple(tape.frozen),
         restricted=dict(tape.restricted), policy=tape.policy)
+
+
+def _bend(tape: Tape, group: Tensor) -> bool:
+    """Make the first joint table rectangular that is not; False where all are."""
+    for table in tape.joint:
+        if _free_axis(group[table]) is None:
+            # Keep the same positions in every row: the last axis is free, all others run together.
+            first = table.reshape(-1, table.shape[-1])[:1].view((1,) * (table.dim() - 1) + (-1,))
+            tape.unify(table, first.expand_as(table))
+            return True
+    return False
+
+
+def _tie_rows(tape: Tape, group: Tensor) -> bool:
+    """Groups of a convolution whose channels are held together on both sides (by group norms, say) leave as a whole:
+    a row of the one side with that of the other. False where there are no more of them."""
+    found = False
+    for pair in tape.facing:
+        left, right = (table[:, :1] for table in pair)
+        if _in_rows(pair, group) and bool((group[left] != group[right]).any()):
+            tape.unify(left, right)
+            found = True
+    return found
+
+
+def _in_rows(pair: tuple[Tensor, Tensor], group: Tensor) -> bool:
+    return all(bool((group[table] == group[table[:, :1]]).all()) for table in pair)
 
 
 def _live_of(item: Any, group: Tensor) -> Any:

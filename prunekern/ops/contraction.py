@@ -38,6 +38,8 @@ class Convolution(OpRule):
         Sample(lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), ((2, 6, 7, 7),)),
         Sample(lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), ((2, 6, 7, 7),)),
         Sample(lambda: nn.Conv2d(6, 9, 3, padding=1, groups=3), ((2, 6, 7, 7),)),
+        Sample(lambda: nn.Sequential(nn.GroupNorm(3, 6), nn.Conv2d(6, 12, 3, groups=3), nn.GroupNorm(3, 12)),
+               ((2, 6, 7, 7),), name="Conv2d of as many groups as the norms beside it"),
         Sample(lambda: nn.Conv2d(1, 5, 3), ((2, 1, 7, 7),), prunable=False),
         Sample(lambda: nn.Conv2d(6, 1, 3), ((2, 6, 7, 7),)),
         Sample(lambda: nn.Conv2d(13, 37, 1), ((1, 13, 5, 5),)),
@@ -114,7 +116,7 @@ class Convolution(OpRule):
             tape.unify(rows_table, far_table[:, :1])           # a group is one channel: it leaves as a whole
             tape.unify(far_table, far_table[:, :1])
         else:
-            tape.balanced += [rows_table, far_table]
+            tape.facing.append((rows_table, far_table))
         if per_group > 1 and name is not None:      # called again: the same weights read (or issue) both
             tape.unify(tape.tables.setdefault((name, self.table_axis), far_table), far_table)
         return rows if self._in_axis == 1 else far

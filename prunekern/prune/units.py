@@ -14,6 +14,7 @@ from torch import Tensor
 from prunekern.core.labels import FIXED
 from prunekern.graph.groups import Family, Groups
 
+LISTED = 3           # layers that a note names one by one
 SECONDS = 10.0       # for integer programs, at most
 
 
@@ -128,7 +129,7 @@ def _bundles(groups: Groups, scores: Tensor, blocked: Tensor) -> tuple[dict[int,
     A group of a constrained table that fits no bundle is blocked (its tensor is written to).
     """
     found: dict[int, Tensor] = {}
-    notes: list[str] = []
+    stuck: dict[str, None] = {}
     end = time.perf_counter() + SECONDS
     for tables in _clusters(groups.labels.balanced):
         involved = np.unique(np.concatenate([t.reshape(-1).numpy() for t in tables]))
@@ -144,12 +145,24 @@ def _bundles(groups: Groups, scores: Tensor, blocked: Tensor) -> tuple[dict[int,
             found.update(dict.fromkeys(ids.tolist(), ids))
         rest = [int(i) for i in involved if int(i) not in found]
         blocked[torch.tensor(rest, dtype=torch.long)] = True
-        if not made:
-            notes.append("a grouped convolution leaves no way to remove as much from each of its groups")
+        if not any(_leaves_some(uneven, bundle) for bundle in made):
+            stuck.update(dict.fromkeys(family.name for family in groups if np.isin(family.groups, involved).any()))
+    notes = [_stuck(list(stuck))] if stuck else []
     if time.perf_counter() > end:
         notes.append(f"{SECONDS:g} s were not enough to sort out which channels of interleaved grouped convolutions "
                      "can leave together; those that were not sorted out stay")
     return found, notes
+
+
+def _leaves_some(counts: list[np.ndarray], bundle: np.ndarray) -> bool:
+    """Whether every row of every table still has channels once a bundle is gone."""
+    return all(bool((np.delete(count, bundle, axis=0).sum(0) > 0).all()) for count in counts)
+
+
+def _stuck(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return (f"{', '.join(map(repr, names[:LISTED]))}{more}: a grouped convolution leaves no way to remove as much from "
+            "each of its groups")
 
 
 def _clusters(tables: tuple[Tensor, ...]) -> list[list[Tensor]]:

@@ -220,9 +220,34 @@ def test_no_way_to_balance_is_said() -> None:
 
     groups = groups_of(Net().eval(), torch.randn(2, 3, 4, 4))
     units = make_units(groups, scores_of(groups))
-    assert any("grouped convolution" in note for note in units.notes)
+    assert [note.startswith("'a': a grouped convolution leaves no way") for note in units.notes] == [True]
     assert bool((units.of[groups.find("a")[0].groups] == -1).all())
     assert_sound(groups, units)
+
+
+def normed(after: nn.Module) -> tuple[nn.Module, Groups]:
+    """Three groups of four channels that a group norm holds together, a grouped convolution, and what is after it."""
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.GroupNorm(3, 12), nn.Conv2d(12, 12, 3, groups=3), after,
+                          nn.Conv2d(12, 2, 1)).eval()
+    return model, groups_of(model, torch.randn(2, 3, 5, 5))
+
+
+def test_groups_held_together_on_one_side_are_said() -> None:
+    """Only all three could leave, so nothing does; the other side goes equally from each group."""
+    _, groups = normed(nn.BatchNorm2d(12))
+    units = make_units(groups, scores_of(groups))
+    assert [note.startswith("'0': a grouped convolution leaves no way") for note in units.notes] == [True]
+    assert len(units.within(groups.find("2")[0])[0]) == 3
+    assert_sound(groups, units)
+
+
+def test_groups_held_together_on_both_sides_leave_as_a_whole() -> None:
+    model, groups = normed(nn.GroupNorm(3, 12))
+    units = make_units(groups, scores_of(groups))
+    assert (units.notes, len(units), groups.labels.balanced) == ((), 3, ())
+    assert_sound(groups, units)
+    cut_down = cut(model, groups, ~units.removed(torch.tensor([True, False, False]))).model
+    assert (cut_down[2].groups, cut_down[2].weight.shape[:2], cut_down[3].num_groups) == (2, (8, 4), 2)
 
 
 def test_infinite_scores_are_ranked_last() -> None:
