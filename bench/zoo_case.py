@@ -1,7 +1,8 @@
 """One network of the zoo under one pruner: does half of it come out smaller, running, and equal to the masked original?
 
 The same questions for every library: PASS where all are answered with yes; EXPLAINED where the result is correct, but
-above the wanted share of the MACs, and the reason says what holds the channels; FAIL with where it broke; SKIP where
+above the wanted share of the MACs, and the reason says what holds the channels, or where the forward is refused with
+the line that stops it and a named part of the network passes alone; FAIL with where it broke; SKIP where
 the network itself does not run.
 """
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.architectures import Architecture
 from bench.shrinkers import OURS, Shrunk, Stages, Tell, shrinker
-from prunekern.errors import InputError, PlanError
+from prunekern.errors import InputError, PlanError, TraceError
 from prunekern.graph.inputs import Call, as_call
 
 SHARE = 0.60            # of the MACs, at most, with half of the channels
@@ -76,6 +77,9 @@ def examine(architecture: Architecture, library: str, tell: Tell) -> Case:
         stage = next(reversed(stages.seconds), "crash")
         if isinstance(error, InputError) and stage == "plan":       # nothing may go, and the message says what holds it
             return Case(**base, status="EXPLAINED", reason=str(error), ratio=1.0, macs=macs, seconds=stages.seconds)
+        if isinstance(error, TraceError) and stage == "trace" and library == OURS and (found := in_parts(model, error)):
+            return Case(**base, status="EXPLAINED", reason=f"{first_line(error)[:300]}; {found['name']!r} alone passes",
+                        macs=macs, seconds=stages.seconds, facts={"part": found})
         kind = "shape" if stage == "prove" and isinstance(error, PlanError) else KINDS.get(stage, stage)
         return Case(**base, status="FAIL", kind=kind, reason=first_line(error), macs=macs,
                     seconds=stages.seconds, facts={"traceback": traceback.format_exc()[-3000:]})
@@ -86,6 +90,18 @@ def examine(architecture: Architecture, library: str, tell: Tell) -> Case:
     return Case(**base, status=status, kind=kind, reason=reason, ratio=left / macs if macs else 1.0, macs=macs,
                 error=shrunk.error, teeth=shrunk.teeth, blunt=shrunk.blunt, frozen=shrunk.frozen or (),
                 seconds=stages.seconds, facts=shrunk.facts)
+
+
+def in_parts(model: nn.Module, refusal: TraceError) -> dict[str, Any] | None:
+    """The first submodule named by a refusal that passes by itself, with the figures of its case: a forward that cannot
+    be captured is explained where the line that stops it is known and the advice that comes with it works."""
+    for path, call in refusal.parts if refusal.line else ():
+        part = Architecture("part", path, lambda path=path, call=call: (model.get_submodule(path), call))  # type: ignore[misc]
+        case = examine(part, OURS, lambda stage: None)
+        if case.status == "PASS":
+            return {"line": refusal.line, "name": path, "macs": case.macs, "ratio": case.ratio, "error": case.error,
+                    "teeth": case.teeth}
+    return None
 
 
 def verdict(shrunk: Shrunk, same_shapes: bool, ratio: float) -> tuple[str, str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class PrunekernError(Exception):
     """Base class; `except PrunekernError` catches everything below and nothing else."""
@@ -16,7 +19,15 @@ class InputError(PrunekernError):
 
 
 class TraceError(PrunekernError):
-    """The model's forward cannot be captured as one graph (control flow that depends on data)."""
+    """The model's forward cannot be captured as one graph (control flow that depends on data).
+
+    line: ``file.py:12 `the line` `` of the forward that stops it, '' where it is unknown. parts: the largest submodules
+    that can be captured as (path, the inputs that they are given): ``compress(model.get_submodule(path), inputs)``.
+    """
+
+    def __init__(self, message: str, line: str = "", parts: Iterable[tuple[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.line, self.parts = line, tuple(parts)
 
 
 class UnsupportedOp(PrunekernError):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from prunekern.core import structure
+from prunekern.errors import TraceError
 from prunekern.graph.inputs import Call
 
 SECONDS = 5.0         # spent on looking for submodules that can be captured
@@ -20,18 +21,21 @@ SHOWN = 3
 OWN = str(Path(__file__).parents[1])
 
 
-def refusal(model: nn.Module, call: Call, errors: list[Exception], works: Callable[[nn.Module, Call], bool]) -> str:
-    """The message of a TraceError. errors: what each way of capturing raised; works: whether one can be."""
+def refusal(model: nn.Module, call: Call, errors: list[Exception],
+            works: Callable[[nn.Module, Call], bool]) -> TraceError:
+    """The TraceError to raise. errors: what each way of capturing raised; works: whether one can be."""
     line = next((found for error in errors for found in [blamed(error)] if found), "")
     text = str(errors[0]).strip()
     first = text.splitlines()[0] if text else ""
-    parts = [f"'{path}' (inputs {inputs})" for path, inputs in _capturable(model, call, works)]
-    recipe = f", here {'; '.join(parts)}" if parts else ", e.g."
-    path = parts[0].split("'")[1] if parts else "backbone"
-    return (f"{type(model).__name__} cannot be captured as one graph{': ' + line if line else ''} "
-            f"({type(errors[0]).__name__}: {first}). Its forward depends on the data; make that part a function of "
-            f"shapes only, or compress the submodules that do not{recipe}: "
-            f"prunekern.compress({_spelled(path)}, its_inputs), then put the result's model in their place.")
+    parts = list(_capturable(model, call, works))
+    named = "; ".join(f"'{path}' (inputs {inputs})" for path, inputs in parts)
+    recipe = f", here {named}" if parts else ", e.g."
+    path = parts[0][0] if parts else "backbone"
+    return TraceError(
+        f"{type(model).__name__} cannot be captured as one graph{': ' + line if line else ''} "
+        f"({type(errors[0]).__name__}: {first}). Its forward depends on the data; make that part a function of "
+        f"shapes only, or compress the submodules that do not{recipe}: "
+        f"prunekern.compress({_spelled(path)}, its_inputs), then put the result's model in their place.", line, parts)
 
 
 def blamed(error: Exception) -> str:

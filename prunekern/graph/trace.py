@@ -149,7 +149,7 @@ def _fallback(model: nn.Module, call: Call, example_batch: int, widen: bool, fai
         _check_recording(model, graph, call)
         return graph
     except Exception as error:
-        raise TraceError(refusal(model, call, [failures[-1], error], _exports)) from error
+        raise refusal(model, call, [failures[-1], error], _exports) from error
 
 
 def _check_recording(model: nn.Module, graph: Graph, call: Call) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from bench import shrinkers, zoo, zoo_case, zoo_child, zoo_table
 from bench.architectures import OWN, Architecture, architectures
 from bench.shrinkers import Shrunk, Stages
-from prunekern.errors import PlanError
+from prunekern.errors import PlanError, TraceError
 from prunekern.graph.inputs import Call, as_call
+from prunekern.graph.trace import trace
 
 
 def quiet(stage: str) -> None:
@@ -58,6 +59,35 @@ def test_a_network_that_must_stay_is_explained() -> None:
     case = zoo_case.examine(some(lambda: nn.Linear(4, 3)), "prunekern", quiet)
     assert (case.status, case.ratio) == ("EXPLAINED", 1.0)
     assert "no prunable channels" in case.reason
+
+
+class Branch(nn.Module):
+    """A forward that no graph holds, around a part that one does."""
+
+    def __init__(self, hidden: int = 8) -> None:
+        super().__init__()
+        self.body, self.head = small(hidden), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x)) if x.sum() > 0 else self.body(x)
+
+
+def test_a_refused_forward_is_explained_by_a_part_that_passes() -> None:
+    case = zoo_case.examine(some(Branch), "prunekern", quiet)
+    assert (case.status, case.facts["part"]["name"], case.facts["part"]["ratio"]) == ("EXPLAINED", "body", 0.5)
+    assert case.facts["part"]["error"] < 1e-12
+    assert "if x.sum() > 0" in case.facts["part"]["line"]
+    json.dumps(case.to_json())
+
+
+def test_a_refused_forward_is_a_failure_where_no_part_passes() -> None:
+    case = zoo_case.examine(some(lambda: Branch(1)), "prunekern", quiet)
+    assert (case.status, case.kind) == ("FAIL", "trace")
+    with pytest.raises(TraceError) as caught:
+        trace(Branch().eval(), torch.randn(2, 4))
+    assert zoo_case.in_parts(Branch().eval(), caught.value) is not None
+    caught.value.line = ""                      # an error that does not say where
+    assert zoo_case.in_parts(Branch().eval(), caught.value) is None
 
 
 def test_a_network_that_does_not_run_is_skipped() -> None:

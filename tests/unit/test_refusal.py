@@ -49,17 +49,27 @@ class ByNumber(Branch):
 
 
 def refused(model: nn.Module) -> str:
+    return str(refusal_of(model))
+
+
+def refusal_of(model: nn.Module) -> TraceError:
     before = [dict(module._forward_pre_hooks) for module in model.modules()]
     with pytest.raises(TraceError) as caught:
         trace(model, X)
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
-    return str(caught.value)
+    return caught.value
 
 
 def test_the_line_and_the_parts_that_can_be_compressed() -> None:
     model = Branch().eval()
-    text = refused(model)
+    error = refusal_of(model)
+    text = str(error)
     assert "test_refusal.py" in text
+    assert error.line in text
+    assert error.line.endswith("# the line`")
+    assert error.parts[0][0] == "backbone"
+    path, inputs = error.parts[-1]
+    assert pk.prune(model.get_submodule(path), inputs, pk.Target(macs=0.6)).proof.twin_error < 1e-9
     assert "`return self.heads[0](features) if features.sum() > 0 else self.heads[1](features)      # the line`" in text
     assert "here 'backbone' (inputs args[0]: (2, 3, 8, 8) float32); 'heads." in text
     assert "prunekern.compress(model.backbone, its_inputs)" in text
