@@ -140,7 +140,7 @@ class _Work:
         between = self._between(self.checkpoint)
         if between is not None:
             self.tell("train")
-        measured = between(pruned.model, 1) if between is not None else {}
+        measured = between(pruned.model, 1, pruned.plan) if between is not None else {}
         step = schedule.Step(1, {}, pruned.plan.costs, pruned.proof, dict(measured))
         check_structure(pruned.model, self.groups, pruned.plan)
         return schedule.Outcome(pruned.model, pruned.plan, (step,), pruned.notes)
@@ -149,7 +149,7 @@ class _Work:
         if self.train is None and self.statistics is None:
             return None
 
-        def between(module: nn.Module, number: int) -> dict[str, Any]:
+        def between(module: nn.Module, number: int, plan: Plan) -> dict[str, Any]:
             found: dict[str, Any] = {}
             if self.statistics is not None:
                 recalibrate_norms(module, _batches(self.statistics))

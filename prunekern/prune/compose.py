@@ -21,8 +21,14 @@ def compose(groups: Groups, first: Plan, second: Plan) -> Plan:
             if outer is None:
                 outer = _whole(groups, name, axis)
             kept.setdefault(name, {})[axis] = _through(outer, inner, f"{name}[{axis}]")
+    outputs: dict[str, dict[int, list[Any]]] = {leaf: dict(axes) for leaf, axes in first.outputs.items()}
+    for leaf, axes in second.outputs.items():
+        for axis, inner in axes.items():
+            outer = outputs.get(leaf, {}).get(axis)
+            outputs.setdefault(leaf, {})[axis] = inner if outer is None else _through(outer, inner, f"outputs {leaf}")
     costs = {what: (first.costs.get(what, ends)[0], ends[1]) for what, ends in second.costs.items()}
-    return Plan(first.graph, kept, {}, costs, second.target, tuple(dict.fromkeys((*first.notes, *second.notes))))
+    return Plan(first.graph, kept, {}, costs, second.target, tuple(dict.fromkeys((*first.notes, *second.notes))),
+                first.policy, outputs)
 
 
 def _whole(groups: Groups, name: str, axis: int) -> list[Any]:

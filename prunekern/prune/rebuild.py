@@ -25,12 +25,19 @@ def rebuild(model: nn.Module, groups: Groups, plan: Plan, form: str, weights: Ma
     form: 'class' (the user's own) or 'graph' (rewritten). Raises PlanError where the plan does not belong to
     the model, ArtefactError where the weights do not fit what it leaves.
     """
-    keep = choice_of(groups, plan)
-    module: nn.Module = slice_class(model, groups, keep, REGISTRY)
-    if form == "graph":
-        module = rewrite(groups.labels, keep, module, REGISTRY)
+    module = shrink(model, groups, plan, form)
     fill(module, weights)
     return module
+
+
+def shrink(model: nn.Module, groups: Groups, plan: Plan, form: str) -> nn.Module:
+    """A copy of ``model`` cut down to what ``plan`` keeps of its own weights, in a form that was proven before.
+
+    Raises PlanError where the plan does not belong to the model.
+    """
+    keep = choice_of(groups, plan)
+    module: nn.Module = slice_class(model, groups, keep, REGISTRY)
+    return rewrite(groups.labels, keep, module, REGISTRY) if form == "graph" else module
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from prunekern.train.history import Epoch, History
 from prunekern.train.loop import fit
 from prunekern.train.masks import FixedMasks, fine_tune
 from prunekern.train.seeding import seed_everything
+from prunekern.train.snapshot import Snapshot
 from prunekern.train.sparsity import GroupLasso, GrowingReg, SoftPruning, Sparsity
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "GroupLasso",
     "GrowingReg",
     "History",
+    "Snapshot",
     "SoftPruning",
     "Sparsity",
     "accuracy",
