@@ -69,7 +69,7 @@ def sensitivity(model: nn.Module, data: Any, *, example_inputs: Any = None,
     """
     if data is None:
         raise InputError("sensitivity needs data, (inputs, labels) tensors or batches of them, to measure accuracy on.")
-    batches = _batches(data)
+    batches = labelled_batches(data)
     for ratio in ratios:
         if not 0 < ratio < 1:
             raise TargetError(f"ratios={ratio!r} is not a share in (0, 1) of a family's channels.")
@@ -91,7 +91,8 @@ def sensitivity(model: nn.Module, data: Any, *, example_inputs: Any = None,
     return Sensitivity(dense, tuple(points))
 
 
-def _batches(data: Any) -> list[Any]:
+def labelled_batches(data: Any) -> list[Any]:
+    """Data as a list of (inputs, labels) batches. Raises InputError where there are no labels, or is no batch."""
     if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         data = batches_of(data[0], data[1], batch_size=256)
     found = list(data)

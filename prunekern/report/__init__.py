@@ -14,6 +14,7 @@ from prunekern.report.model import (
     Report,
     Table,
     Triplet,
+    WeightRow,
 )
 from prunekern.report.pareto import on_front, pareto_front
 from prunekern.report.save import Saved, save
@@ -32,6 +33,7 @@ __all__ = [
     "Saved",
     "Table",
     "Triplet",
+    "WeightRow",
     "on_front",
     "pareto_front",
     "save",

@@ -336,6 +336,16 @@ def curve_chart(curve: Curve) -> Chart:
     )
 
 
+def histogram_path(counts: Sequence[int], most: int) -> str:
+    """A histogram's outline in a 100 x 100 box, from the baseline to the baseline; nothing where there is nothing."""
+    if not any(counts):
+        return ""
+    width = 100.0 / len(counts)
+    tops = [round(100.0 - 96.0 * count / most, 2) for count in counts]
+    corners = [f"{index * width:.4g},{top:g}H{(index + 1) * width:.4g}" for index, top in enumerate(tops)]
+    return f"M0,100V{tops[0]:g}" + "L".join(["", *corners]) + "V100Z"
+
+
 def longest(values: Iterable[float]) -> float:
     """The largest finite value, or 1 where there is nothing to draw."""
     return max((value for value in values if math.isfinite(value)), default=0.0) or 1.0

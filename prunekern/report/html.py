@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from prunekern.report import charts, units
-from prunekern.report.model import DENSE, Check, LatencyRow, LayerRow, Report, Table
+from prunekern.report.model import DENSE, Check, LatencyRow, LayerRow, Report, Table, WeightRow
 from prunekern.report.pareto import pareto_front
 
 
@@ -89,6 +89,25 @@ def _latency(rows: tuple[LatencyRow, ...]) -> list[dict[str, Any]]:
     return batches
 
 
+def _weights(rows: tuple[WeightRow, ...]) -> dict[str, Any]:
+    largest, total = max(row.weights for row in rows), sum(row.weights for row in rows)
+    before, after = (sum(row.weights - zeros for row, zeros in zip(rows, found, strict=True))
+                     for found in ([row.zeros_before for row in rows], [row.zeros for row in rows]))
+    body = []
+    for row in rows:
+        most = max(*row.counts_before, *row.counts, 1)
+        body.append({
+            "name": row.name,
+            "share": units.share(row.weights, total),
+            "change": _change(row.weights - row.zeros_before, row.weights - row.zeros, largest),
+            "before": charts.histogram_path(row.counts_before, most),
+            "after": charts.histogram_path(row.counts, most),
+            "low": units.significant(row.edges[0], 2),
+            "high": units.significant(row.edges[-1], 2),
+        })
+    return {"rows": body, "change": _change(before, after, max(before, 1))}
+
+
 def limit_text(check: Check) -> str:
     """The limit with its relation, such as "≤ 1e-10"."""
     if check.limit is None:
@@ -117,9 +136,10 @@ def _sections(report: Report) -> list[tuple[str, str]]:
         ("pareto", "MACs and accuracy", report.pareto),
         ("layers", "Layers", report.layers),
         ("triplets", "Pruning steps", report.triplets),
-        ("curves", "Training curves", report.curves),
+        ("curves", "Curves", report.curves),
         ("proof", "Verification", report.proof),
         ("latency", "Latency", report.latency),
+        ("weights", "Weights", report.weights),
         ("tables", "Details", report.tables),
         ("notes", "Notes", report.notes),
         ("environment", "Environment", report.environment or report.command),
@@ -158,6 +178,7 @@ def render(report: Report) -> str:
         cumulative=any(step.cumulative for step in report.triplets),
         curves=[(curve, charts.curve_chart(curve)) for curve in report.curves],
         latency=_latency(report.latency),
+        weights=_weights(report.weights) if report.weights else None,
         check_number=check_number,
         numeric=numeric,
     )

@@ -203,6 +203,31 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class WeightRow:
+    """One weight tensor: how many values it has, how many of them are zero before and after, and where the others lie.
+
+    `edges` are those of the histograms' n bins (n + 1 of them), `counts_before` and `counts` what is in each.
+    """
+
+    name: str
+    weights: int
+    zeros_before: int
+    zeros: int
+    edges: tuple[float, ...]
+    counts_before: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for field_name in ("edges", "counts_before", "counts"):
+            object.__setattr__(self, field_name, tuple(getattr(self, field_name)))
+        if not len(self.edges) - 1 == len(self.counts_before) == len(self.counts) > 0:
+            raise PrunekernError(
+                f"weights of {self.name!r}: {len(self.edges)} edges for {len(self.counts_before)} and "
+                f"{len(self.counts)} bins. Pass one edge more than bins, at least one bin."
+            )
+
+
+@dataclass(frozen=True)
 class Table:
     """Any other table worth showing (lowered steps, counters, frozen channels): cells are text or numbers."""
 
@@ -240,6 +265,7 @@ class Report:
     curves: tuple[Curve, ...] = ()
     proof: Proof | None = None
     latency: tuple[LatencyRow, ...] = ()
+    weights: tuple[WeightRow, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)

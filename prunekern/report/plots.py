@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from prunekern.report import charts, units
-from prunekern.report.model import DENSE, LatencyRow, LayerRow, Report
+from prunekern.report.model import DENSE, LatencyRow, LayerRow, Report, WeightRow
 from prunekern.report.pareto import on_front, pareto_front
 from prunekern.report.scales import Scale, tick_labels
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAMES = ("pareto.png", "layers.png", "triplets.png", "latency.png", "curves.png")
+NAMES = ("pareto.png", "layers.png", "triplets.png", "latency.png", "curves.png", "weights.png", "histograms.png")
+PANELS = 48
+"""Histograms that are drawn at most: those of the layers with the most weights."""
 COLOURS = ("#1b2430", "#0072b2", "#c75a00", "#00805c", "#a3447f", "#8a6d00", "#5650b8")
 PALE, SOFT, GRID, BAD = "#c5d6e6", "#566273", "#e4e8ee", "#b03a00"
 MARKERS = dict(zip(charts.SHAPES, ("o", "s", "^", "D", "X", "v"), strict=True)) | {"star": "*"}
@@ -68,6 +70,9 @@ def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
         yield "latency.png", _latency(report.latency)
     if report.curves:
         yield "curves.png", _curves(report)
+    if report.weights:
+        yield "weights.png", _weights(report.weights)
+        yield "histograms.png", _histograms(report.weights)
 
 
 def _new(width: float, height: float) -> Figure:
@@ -268,4 +273,56 @@ def _curves(report: Report) -> Figure:
             axes.legend(fontsize=9)
     for axes in list(panels)[len(report.curves) :]:
         axes.set_visible(False)
+    return figure
+
+
+def _weights(rows: tuple[WeightRow, ...]) -> Figure:
+    """How many weights each layer has, and how many of them are not zero."""
+    figure = _new(9, 1.6 + 0.36 * min(len(rows), 160))
+    axes = figure.add_subplot()
+    positions, total = range(len(rows)), sum(row.weights for row in rows)
+    pruned = any(row.zeros for row in rows)
+    axes.barh(positions, [row.weights for row in rows], height=0.74, color=PALE if pruned else COLOURS[1],
+              label="weights")
+    if pruned:
+        axes.barh(positions, [row.weights - row.zeros for row in rows], height=0.40, color=COLOURS[1],
+                  label="not zero")
+    largest = max(row.weights for row in rows) or 1
+    for position, row in enumerate(rows):
+        text = f"{units.count(row.weights)}, {units.share(row.weights, total)} of all"
+        text += f"; {units.percent(row.zeros / row.weights, 1)} zeros" if pruned and row.weights else ""
+        axes.text(row.weights + 0.01 * largest, position, text, va="center", fontsize=8)
+    scale = Scale(0.0, 1.45 * largest)
+    ticks = tuple(tick for tick in scale.ticks(6) if tick <= 1.05 * largest)
+    _axis(axes.xaxis, scale, tuple(units.short(units.count(tick)) for tick in ticks), ticks)
+    axes.set_yticks(positions, labels=[_text(row.name, 34) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_title(f"{units.count(total)} weights in {len(rows)} layers")
+    axes.grid(visible=False, axis="y")
+    _legend_below(figure, axes)
+    return figure
+
+
+def _histograms(rows: tuple[WeightRow, ...]) -> Figure:
+    """The values of each layer's weights before and after, zeros left out."""
+    largest = sorted(range(len(rows)), key=lambda index: -rows[index].weights)[:PANELS]
+    shown = [rows[index] for index in sorted(largest)]
+    columns = min(4, len(shown))
+    lines = math.ceil(len(shown) / columns)
+    figure = _new(max(6.4, 3.1 * columns), 0.9 + 2.1 * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, row in zip(panels, shown, strict=False):
+        axes.stairs(row.counts_before, row.edges, fill=True, color=PALE, label="before")
+        axes.stairs(row.counts, row.edges, color=COLOURS[1], lw=1.3, label="after")
+        scale = Scale(row.edges[0], row.edges[-1])
+        ticks = scale.ticks(5)
+        _axis(axes.xaxis, scale, tick_labels(ticks, units.fixed), ticks)
+        axes.set_yticks([])
+        axes.set_title(_text(row.name, 30), fontsize=9)
+        axes.set_xlabel(f"{units.percent(row.zeros / row.weights, 1)} zeros" if row.weights else "", fontsize=8)
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    left = f"; the {len(shown)} layers with the most of {len(rows)}" if len(shown) < len(rows) else ""
+    figure.suptitle(f"Weights that are not zero{left}", fontsize=11, weight="bold")
+    _legend_below(figure, panels[0])
     return figure

@@ -2,7 +2,7 @@
 
 The order, lowest first; a module may import what is lower, and its own package:
 errors <- core, kernels <- ops <- graph <- cost <- prune <- lower <- backends <- data, report
-<- search, train, analysis <- result, summary <- api <- pareto, doctor <- recipes <- cli <- __main__.
+<- search, train, analysis <- result, summary <- api <- pareto, doctor, compare <- recipes <- cli <- __main__.
 The report layer draws plain data that it is given, so it lies low: results carry a report.
 """
 
@@ -35,7 +35,7 @@ LAYERS = (
     ("search", "train", "analysis"),
     ("result", "summary"),
     ("api",),
-    ("pareto", "doctor"),
+    ("pareto", "doctor", "compare"),
     ("recipes",),
     ("cli",),
     ("__main__",),
