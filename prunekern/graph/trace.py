@@ -25,7 +25,7 @@ from prunekern.errors import InputError, ModelError, TraceError
 from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
-from prunekern.graph.measured import ASSUMED, Reading, measured, read_numbers
+from prunekern.graph.measured import Read, Reading, assumed, measured, read_numbers
 from prunekern.graph.parts import ghost
 from prunekern.graph.refusal import refusal
 from prunekern.graph.states import PackedCounts, follow_weights, write_all
@@ -102,12 +102,12 @@ def _capture(model: nn.Module, call: Call, example_batch: int, widen: bool) -> G
     failures: list[Exception] = []
     graph = _first_export(model, ways, example_batch, failures)
     if graph is None and (numbers := read_numbers(model, wide)):
-        graph = _first_export(model, ways[:-1] if wide is not call else ways, example_batch, failures, numbers)
+        graph = _first_export(model, ways[:-1] if wide is not call else ways, example_batch, failures[:], numbers)
     return graph or _fallback(model, call, example_batch, widen, failures)
 
 
 def _first_export(model: nn.Module, ways: list[Way], example_batch: int, failures: list[Exception],
-                  numbers: tuple[Any, ...] | None = None) -> Graph | None:
+                  numbers: tuple[Read, ...] | None = None) -> Graph | None:
     """The first way that torch.export takes. numbers: what the forward reads out of its tensors, to be assumed."""
     for given, spec, notes in ways:
         inputs = given.map(lambda t: t.detach())        # export marks the tensor objects that it is given
@@ -115,7 +115,7 @@ def _first_export(model: nn.Module, ways: list[Way], example_batch: int, failure
             with Reading(numbers) if numbers else contextlib.nullcontext():
                 program = _exported(model, inputs, spec)
             graph = _from_export(model, program, inputs, example_batch, notes)
-            return replace(graph, notes=(*graph.notes, ASSUMED.format(len(numbers)))) if numbers else graph
+            return replace(graph, notes=(*graph.notes, *assumed(numbers or ())))
         except Exception as error:  # whatever export raises, the next way is tried
             failures.append(error)
     return None
@@ -145,7 +145,7 @@ def _fallback(model: nn.Module, call: Call, example_batch: int, widen: bool, fai
                          "torch cannot see; return tensors in tuples, lists, dicts or dataclasses, or register the "
                          "class with torch.utils._pytree.register_pytree_node.") from failures[-1]
     try:
-        graph = _from_make_fx(model, call, example_batch)
+        graph = _from_make_fx(model, call, example_batch, read_numbers(model, call))
         _check_recording(model, graph, call)
         return graph
     except Exception as error:
@@ -300,7 +300,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
+def _from_make_fx(model: nn.Module, call: Call, example_batch: int, numbers: tuple[Read, ...] = ()) -> Graph:
     canonical, tied, tensors = _tensors(model)
     names = [name for name in canonical if canonical[name] == name]
     leaves, in_spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
@@ -308,7 +308,7 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
 
     def run(state: dict[str, Tensor], leaves: list[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, in_spec)
-        with PackedCounts():
+        with PackedCounts(), Reading(numbers) if numbers else contextlib.nullcontext():
             out = torch.func.functional_call(ghost(model), state, args, kwargs)
         flat, spec = pytree.tree_flatten(out)
         out_spec.append(spec)
@@ -336,7 +336,8 @@ def _from_make_fx(model: nn.Module, call: Call, example_batch: int) -> Graph:
                  in_spec=in_spec, out_spec=out_spec[-1], args=call.args, kwargs=dict(call.kwargs), free_batch=False,
                  batch=call.batch or 1, example_batch=example_batch,
                  notes=("torch.export refused this forward; it was recorded on the example input instead, so the "
-                        "branch taken there is assumed and the batch is fixed",))
+                        "branch taken there is assumed and the batch is fixed",
+                        *assumed(numbers)))
 
 
 def _lift_attributes(module: fx.GraphModule, graph: fx.Graph, state: dict[str, str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,6 +95,58 @@ def test_parts_whose_name_is_no_attribute_are_spelled_out() -> None:
             return self.parts[0](x)
 
     assert "prunekern.compress(model.get_submodule('parts.0.backbone'), its_inputs)" in refused(Outer().eval())
+
+
+class Masked(nn.Module):
+    """A branch on a mask that the forward makes itself, of ones. spoil: what else happens to the mask."""
+
+    def __init__(self, spoil: Callable[[Tensor, Tensor], Tensor] = lambda mask, x: mask) -> None:
+        super().__init__()
+        self.embedding, self.spoil = nn.Embedding(9, 6), spoil
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, words: Tensor) -> Tensor:
+        x = self.embedding(words)
+        mask = self.spoil(torch.ones(words.shape[:1]), x)
+        return self.body(x) if (mask > 0.5).all() else self.body(x) * mask[:, None, None]
+
+
+WORDS = torch.tensor([[1, 2, 3], [4, 5, 0]])
+
+
+def test_a_branch_on_a_constant_is_no_branch() -> None:
+    model = Masked().eval()
+    graph = trace(model, WORDS)
+    assert "aten.mul.Tensor" not in str(graph.fx)
+    assert (graph.free_batch, graph.notes) == (True, ())
+    assert pk.prune(model, WORDS, pk.Target(macs=0.6)).proof.twin_error < 1e-9
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda mask, x: mask + x.sum() * 1e-9, lambda mask, x: mask.view(-1)[:1].add_(x.sum() * 1e-9) * mask,
+    lambda mask, x: mask + torch.from_numpy(x.detach().numpy().mean((1, 2)) * 1e-9)], ids=["sum", "view", "numpy"])
+def test_a_branch_on_a_constant_with_values_in_it_is_refused(spoil: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(TraceError):
+        trace(Masked(spoil).eval(), WORDS)
+
+
+def test_a_constant_that_follows_the_batch_is_none() -> None:
+    model = Masked(lambda mask, x: mask / mask.sum()).eval()        # all above 0.5 for a batch of one
+    with pytest.raises(TraceError):
+        trace(model, WORDS[:1])
+
+
+def test_numbers_that_are_read_elsewhere_while_captured_are_no_answer() -> None:
+    """A forward that goes another way while it is captured would be given the answers to other questions."""
+    class Aware(Masked):
+        def forward(self, words: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting() and int(words.max()) > 99:
+                return self.body(self.embedding(words)) * 0
+            return super().forward(words)
+    graph = trace(Aware().eval(), WORDS)
+    assert "recorded on the example input" in graph.notes[0]
+    assert "reads 1 numbers" in graph.notes[1]
+    assert "aten.mul.Tensor" not in str(graph.fx)
 
 
 class Gated(Branch):
