@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from prunekern.core.policy import Asked
 from prunekern.errors import InputError, TargetError
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call, as_call, from_loader, infer
+from prunekern.graph.parts import ghost
 from prunekern.graph.trace import check_model
 from prunekern.prune import schedule
 from prunekern.prune.importance import Criterion
 from prunekern.prune.oneshot import apply_plan, groups_of
 from prunekern.prune.rebuild import check_structure
 from prunekern.prune.recalibrate import recalibrate as recalibrate_norms
+from prunekern.prune.rewind import dropnet
 from prunekern.prune.target import SHARES, Target, as_target
 from prunekern.result import Result
 from prunekern.search import Trial, smallest
 from prunekern.summary import summarise
+from prunekern.train.sparsify import chooses, sparsify
 
 Tell = Callable[[str], None]
 EXAMPLE_ROWS = 8        # of a loader's first batch: enough to trace and verify on
@@ -40,8 +43,9 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
              criterion: str | Criterion = "l2", reduction: str | None = None, normalisation: str | None = None,
              direction: str | None = None, ranking: str | None = None, ignore: Sequence[str] = (), round_to: int = 1,
              policy: Asked | None = None, calibrate: Any = None, train: Any = None, validate: Any = None,
-             test: Any = None, steps: int = 1, fit: Mapping[str, Any] | None = None, recalibrate: bool = False,
-             plan: Plan | None = None,
+             test: Any = None, steps: int = 1, schedule: str = "exponential", fit: Mapping[str, Any] | None = None,
+             sparse: Mapping[str, Any] | None = None, rewind: Mapping[str, Any] | None = None,
+             recalibrate: bool = False, plan: Plan | None = None,
              loss: Callable[..., Tensor] | None = None, lower: bool = True, backend: str = "auto",
              checkpoint: str | Path | None = None, seed: int = 0, time: bool = False,
              tell: Tell = lambda _: None) -> Result:
@@ -59,7 +63,12 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     statistics estimated again after every cut). train, validate, test: loaders, (inputs, labels) tensors or
     functions; ``train(model)`` may train in place itself, ``validate(model)`` and ``test(model)`` may return an
     accuracy themselves. Selection uses the validation data only; test data gives the last figure.
-    steps: prune in so many equal ratios, training (``fit``: options of ``prunekern.train.fit``) in between.
+    steps: prune in so many steps, training (``fit``: options of ``prunekern.train.fit``) in between; with ``distil``
+    among them the original is the teacher. schedule: how much each step takes, 'exponential' (equal ratios), 'linear'
+    or 'cubic'. sparse: train the network before it is cut, so that channels come to do nothing: {'method':
+    'group-lasso', 'growing' or 'soft', and their settings and those of ``fit``} (``prunekern.train.sparsity``).
+    rewind: instead of a target, DropNet's loop: {'initial': weights before training, 'fraction': dropped per cycle,
+    'kappa': of the original's accuracy to keep, 'cycles': at most} (``prunekern.prune.rewind.dropnet``).
     plan: cut as it says (see ``prune.edit.edit_plan``), instead of choosing channels for a target.
     checkpoint: a folder; the same call continues from it after a kill. tell: called with progress lines.
     time: lower the original too, and measure both on the example inputs: the report has what every layer was to gain,
@@ -74,6 +83,7 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
                           "or the other.")
     if lower and backend != "auto":
         select(backend)                 # before the work, not after it
+    _check_phases(plan, target, steps, train, validate, sparse, rewind)
     target = as_target(target)
     notes: list[str] = []
     if steps > 1 and train is None:
@@ -85,10 +95,12 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
                     "direction": direction, "ranking": ranking,
                     "ignore": (ignore,) if isinstance(ignore, str) else tuple(ignore), "round_to": round_to,
                     "calibrate": _batches(calibrate if calibrate is not None else train), "loss": loss, "seed": seed}
-    work = _Work(model, groups, plan_options, steps, train, validate,
+    work = _Work(model, groups, plan_options, steps, schedule, train, validate,
                  _statistics(calibrate, train) if recalibrate else None,
-                 _fit_options(fit or {}, loss, seed), Path(checkpoint) if checkpoint else None, tell)
-    outcome = (work.planned(plan) if plan is not None else
+                 _fit_options(fit or {}, loss, seed, model), Path(checkpoint) if checkpoint else None, tell)
+    if sparse is not None:
+        plan = work.sparsify(target, sparse)
+    outcome = (work.rewound(rewind) if rewind is not None else work.planned(plan) if plan is not None else
                work.accurate(target) if target.needs_evaluator else work.run(target, work.checkpoint))
     metrics: dict[str, Any] = {}
     for name, data in (("validation", validate), ("test", test)):
@@ -122,6 +134,7 @@ class _Work:
     groups: Groups
     options: dict[str, Any]
     steps: int
+    pacing: str
     train: Any
     validate: Any
     statistics: Any
@@ -130,8 +143,28 @@ class _Work:
     tell: Tell
 
     def run(self, target: Target, checkpoint: Path | None) -> schedule.Outcome:
-        return schedule.run(self.model, self.groups, target, steps=self.steps, between=self._between(checkpoint),
-                            checkpoint=checkpoint, tell=self.tell, **self.options)
+        return schedule.run(self.model, self.groups, target, steps=self.steps, schedule=self.pacing,
+                            between=self._between(checkpoint), checkpoint=checkpoint, tell=self.tell, **self.options)
+
+    def sparsify(self, target: Target, asked: Mapping[str, Any]) -> Plan | None:
+        """Train a copy towards sparsity and go on with it; the plan, where the method chose what is to go."""
+        self.tell("sparse training")
+        self.model, self.groups, plan = sparsify(
+            self.model, self.groups, target, self.train, asked, choosing=self.options, progress=False,
+            seed=self.options["seed"], loss=self.options["loss"], checkpoint=_file(self.checkpoint, "sparse.ckpt"))
+        return plan
+
+    def rewound(self, asked: Mapping[str, Any]) -> schedule.Outcome:
+        """DropNet's loop; the cycle that ended it is told in a note."""
+        outcome = dropnet(self.model, self.groups, train=lambda m, n, plan: self._train(m, n, plan, self.checkpoint),
+                          accuracy=lambda m: _accuracy(m, self.validate), checkpoint=self.checkpoint, tell=self.tell,
+                          **{**self.options, **asked})
+        steps = tuple(step for step in outcome.steps if step.measured["accepted"])
+        said = tuple(f"cycle {step.number} fell to {step.measured['accuracy']:.4f} and was not kept"
+                     for step in outcome.steps if not step.measured["accepted"])
+        if not steps:
+            raise TargetError(f"rewind: {said[0]}; drop a smaller fraction, or lower kappa.")
+        return schedule.Outcome(outcome.model, outcome.plan, steps, (*outcome.notes, *said))
 
     def planned(self, plan: Plan) -> schedule.Outcome:
         """One step, as a plan says."""
@@ -156,20 +189,25 @@ class _Work:
             if self.validate is not None:
                 found["accuracy before training"] = _accuracy(module, self.validate)
             if self.train is not None:
-                found.update(self._train(module, number, checkpoint))
+                found.update(self._train(module, number, plan, checkpoint))
             if self.validate is not None:
                 found["accuracy"] = _accuracy(module, self.validate)
             return found
         return between
 
-    def _train(self, module: nn.Module, number: int, checkpoint: Path | None) -> dict[str, Any]:
+    def _train(self, module: nn.Module, number: int, plan: Plan, checkpoint: Path | None) -> dict[str, Any]:
         if _takes_model(self.train):
             self.train(module)
             return {}
-        place = checkpoint / f"fit-{number}.ckpt" if checkpoint else None
-        if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-        history = training.fit(module, self.train, **{"checkpoint": place, **self.fit})
+        options = {"checkpoint": _file(checkpoint, f"fit-{number}.ckpt"), **self.fit}
+        distil = options["distil"]
+        if distil is not None and distil.layers and not distil.kept and plan.kept:
+            kept = training.kept_outputs(self.groups, plan, distil.layers)
+            options["distil"] = replace(distil, kept=kept)
+        watched = self.validate if options.get("patience") or options.get("restore_best") else None
+        if watched is not None and _takes_model(watched):
+            raise InputError("fit: patience and restore_best need validate= as data, not as a function of the model.")
+        history = training.fit(module, self.train, watched, **options)
         return {"loss": history.final.loss} if history.final else {}
 
     def accurate(self, target: Target) -> schedule.Outcome:
@@ -213,13 +251,39 @@ def _statistics(calibrate: Any, train: Any) -> Any:
     return data
 
 
-def _fit_options(given: Mapping[str, Any], loss: Any, seed: int) -> dict[str, Any]:
+def _check_phases(plan: Plan | None, target: Target | None, steps: int, train: Any, validate: Any,
+                  sparse: Mapping[str, Any] | None, rewind: Mapping[str, Any] | None) -> None:
+    """Raises InputError or TargetError where phases do not go together, or lack data."""
+    if rewind is not None:
+        if plan is not None or target is not None or steps != 1 or sparse is not None:
+            raise TargetError("rewind= drops units until the accuracy falls, so target=, plan=, steps= and sparse= do "
+                              "not combine with it; drop one or the other.")
+        if train is None or validate is None or "initial" not in rewind:
+            raise InputError("rewind= needs train=, validate=, and the weights to go back to: rewind={'initial': ...}.")
+    if sparse is None:
+        return
+    if train is None or _takes_model(train):
+        raise InputError("sparse= trains before the cut, so it needs train= as data.")
+    if chooses(sparse) and (steps != 1 or plan is not None or as_target(target).needs_evaluator):
+        raise TargetError(f"sparse={{'method': {sparse['method']!r}}} chooses what is to go, for one step and a target "
+                          "of shares or layers; drop steps=, plan=, accuracy= and max_drop=, or use 'group-lasso'.")
+
+
+def _file(folder: Path | None, name: str) -> Path | None:
+    return folder / name if folder else None
+
+
+def _fit_options(given: Mapping[str, Any], loss: Any, seed: int, original: nn.Module) -> dict[str, Any]:
     """What ``train.fit`` is called with. Raises InputError for an option that it does not have."""
     known = {name for name, p in inspect.signature(training.fit).parameters.items() if p.kind is p.KEYWORD_ONLY}
     wrong = sorted(given.keys() - known)
     if wrong:
         raise InputError(f"fit={{{wrong[0]!r}: ...}} is no option of training; known: {', '.join(sorted(known))}.")
-    return {**FIT, "progress": False, "seed": seed, "loss": loss, **given}
+    teacher, distil = given.get("teacher"), given.get("distil")
+    if distil and teacher is None:
+        teacher = ghost(original)           # its forward may leave things behind
+    distil = training.as_distil(distil) if teacher is not None and distil is not False else None
+    return {**FIT, "progress": False, "seed": seed, "loss": loss, **given, "teacher": teacher, "distil": distil}
 
 
 def _example(model: nn.Module, given: Any, sources: Sequence[Any], notes: list[str]) -> Any:

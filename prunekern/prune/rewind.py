@@ -16,7 +16,7 @@ from prunekern.errors import InputError, TargetError
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
 from prunekern.prune.compose import compose
-from prunekern.prune.importance import Criterion, score
+from prunekern.prune.importance import Criterion, score, settle
 from prunekern.prune.oneshot import Pruned, cut, groups_of
 from prunekern.prune.rebuild import check_structure, fill, shrink
 from prunekern.prune.schedule import Outcome, Step, Store, identity_of
@@ -24,8 +24,9 @@ from prunekern.prune.slice import plan_of
 from prunekern.prune.target import Meter, ignored
 from prunekern.prune.units import make_units
 
-Train = Callable[[nn.Module, int], Mapping[str, Any] | None]
-"""Called with a rewound module, to be trained in place, and the cycle's number; what it returns is recorded."""
+Train = Callable[[nn.Module, int, Plan], Mapping[str, Any] | None]
+"""Called with a rewound module, to be trained in place, the cycle's number, and the plan that leads to it from the
+original; what it returns is recorded."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def dropnet(model: nn.Module, groups: Groups, initial: nn.Module | Mapping[str, 
     above, its steps include the one that failed (``measured['accepted']``).
     options: those of ``drop``. checkpoint: a folder; the same call continues from it after a kill.
 
-    Sources: Tan and Motani, DropNet (ICML 2020), with ``criterion='activation'`` and ``ranking`` 'global' or 'layer';
+    Sources: Tan and Motani, DropNet (ICML 2020), whose metrics are ``criterion='dropnet:minimum'`` and so on;
     Frankle and Carbin, The Lottery Ticket Hypothesis (ICLR 2019); early weights: Frankle et al. (ICML 2020).
     Raises InputError (settings), ArtefactError (initial weights that do not fit, a checkpoint of another run), and what
     ``prune`` raises.
@@ -81,7 +82,7 @@ def dropnet(model: nn.Module, groups: Groups, initial: nn.Module | Mapping[str, 
         plan = compose(groups, best.plan, pruned.plan)
         module = shrink(first, tracked, plan, pruned.proof.form) if rewind else pruned.model
         tell(f"cycle {number}: train")
-        told = dict(train(module, number) or {})
+        told = dict(train(module, number, plan) or {})
         module.eval()
         found = float(accuracy(module))
         accepted = found > kappa * dense
@@ -130,15 +131,17 @@ class NothingLeft(TargetError):
     """Every family has come down to one unit."""
 
 
-def drop(groups: Groups, fraction: float, *, criterion: str | Criterion = "l2", ranking: str = "global",
+def drop(groups: Groups, fraction: float, *, criterion: str | Criterion = "l2", ranking: str | None = None,
          ignore: Sequence[str] = (), round_to: int = 1, calibrate: Any = None,
          loss: Callable[..., Tensor] | None = None, seed: int = 0, **reading: Any) -> tuple[Plan, Tensor]:
     """The choice without a fraction of all units that are left, at least one: (the plan, boolean [groups] kept).
 
-    ranking: 'global' drops the least important units anywhere, 'layer' the same share of every family. reading:
-    ``reduction``, ``normalisation``, ``direction`` of the criterion. Of each family one unit stays.
+    ranking: 'global' drops the least important units anywhere, 'layer' the same share of every family (default: what
+    the criterion brings). reading: ``reduction``, ``normalisation``, ``direction`` of the criterion. Of each family
+    one unit stays.
     Raises NothingLeft, TargetError (ranking), and what ``score`` raises.
     """
+    ranking = settle(criterion, ranking=ranking).ranking
     if ranking not in ("global", "layer"):
         raise TargetError(f"ranking={ranking!r}; known: 'global', 'layer'.")
     blocked = ignored(groups, ignore)

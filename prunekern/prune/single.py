@@ -27,8 +27,9 @@ from prunekern.prune.slice import choice_of
 from prunekern.prune.target import Target, ignored
 
 VERSION = 1
-Train = Callable[[nn.Module, int], Any]
-"""Called with a pruned module, to be trained in place, and the step's number; what it returns is in ``Taken.told``."""
+Train = Callable[[nn.Module, int, Plan], Any]
+"""Called with a pruned module, to be trained in place, the step's number, and the plan that leads to it from the
+original; what it returns is in ``Taken.told``."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _step(current: Taken, groups: Groups, stage: Stage, family: Family, number: 
         return None
     module = pruned.model
     cut = float(accuracy(module))
-    told = train(module, number)
+    told = train(module, number, plan)
     module.eval()
     after = float(accuracy(module) if trained is None else trained(module, told))
     triplet = Triplet(current.accuracy, cut, after)

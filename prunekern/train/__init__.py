@@ -3,7 +3,7 @@
 from prunekern.train.augment import Augment
 from prunekern.train.average import Average
 from prunekern.train.batching import Data, passes
-from prunekern.train.distil import Distil, kept_outputs
+from prunekern.train.distil import Distil, as_distil, kept_outputs
 from prunekern.train.evaluate import Evaluation, accuracy, cross_entropy, evaluate
 from prunekern.train.history import Epoch, History
 from prunekern.train.loop import fit
@@ -27,6 +27,7 @@ __all__ = [
     "SoftPruning",
     "Sparsity",
     "accuracy",
+    "as_distil",
     "cross_entropy",
     "evaluate",
     "fine_tune",

@@ -163,7 +163,7 @@ class GroupLasso(Sparsity):
         return found
 
 
-class _Choosing(Sparsity):
+class Choosing(Sparsity):
     """Keeps a choice of groups for a target, and cuts it in the end. options: those of ``prune.propose``."""
 
     def __init__(self, groups: Groups, target: Target | None, options: Mapping[str, Any]) -> None:
@@ -187,14 +187,15 @@ class _Choosing(Sparsity):
         """The trained model without the chosen groups, proven. Raises what ``prunekern.apply_plan`` raises."""
         graph = self.groups.graph
         groups = groups_of(model, Call(graph.args, graph.kwargs), policy=self.groups.labels.policy, allow_train=True)
-        return apply_plan(model, None, self._plan(), groups=groups, seed=seed)
+        return apply_plan(model, None, self.chosen(), groups=groups, seed=seed)
 
-    def _plan(self) -> Plan:
+    def chosen(self) -> Plan:
+        """The plan that carries the choice out."""
         costs = Meter(self.groups).change(self.keep)
         return plan_of(self.groups, self.keep, costs=costs, target=dict(self.plan.target), notes=self.plan.notes)
 
 
-class GrowingReg(_Choosing):
+class GrowingReg(Choosing):
     """An L2 penalty on the groups that are to go, which grows by ``step`` every ``every`` updates up to ``ceiling``.
 
     The choice is made at first, on the weights as the groups have them, for ``target`` with ``options`` (criterion,
@@ -239,7 +240,7 @@ class GrowingReg(_Choosing):
         return {**super().settings(), "step": self.step, "every": self.every, "ceiling": self.ceiling}
 
 
-class SoftPruning(_Choosing):
+class SoftPruning(Choosing):
     """After every epoch the least important groups for ``target`` are silenced; the next epoch may revive them.
 
     Silenced is what layers read from them (their consumers' weights become zero): the network then computes what the

@@ -139,8 +139,8 @@ def test_the_policy_holds_in_every_step(trained: Net) -> None:
 
 
 def run_dropnet(model: Net, start: Any = None, **options: Any) -> schedule.Outcome:
-    settings: dict[str, Any] = {"train": lambda m, n: {"loss": fit(m, seed=n).epochs[-1].loss}, "accuracy": accuracy,
-                                "fraction": 0.4, "kappa": 0.9, "cycles": 4, "criterion": "activation",
+    settings: dict[str, Any] = {"train": lambda m, n, plan: {"loss": fit(m, seed=n).epochs[-1].loss},
+                                "accuracy": accuracy, "fraction": 0.4, "kappa": 0.9, "cycles": 4, "criterion": "activation",
                                 "calibrate": [TRAIN[0]], "normalisation": "none", "reduction": "first"} | options
     return dropnet(model, groups_of(model, X), initial() if start is None else start, **settings)
 
@@ -150,7 +150,7 @@ def test_every_cycle_starts_with_exactly_the_initial_weights_sliced(trained: Net
     first, before = initial(), copy.deepcopy(trained)
     seen: list[dict[str, Tensor]] = []
 
-    def train(module: nn.Module, number: int) -> dict[str, Any]:
+    def train(module: nn.Module, number: int, plan: Plan) -> dict[str, Any]:
         seen.append({name: value.clone() for name, value in module.state_dict().items()})
         fit(module)
         return {}
@@ -170,9 +170,9 @@ def test_every_cycle_starts_with_exactly_the_initial_weights_sliced(trained: Net
 
 def test_without_rewinding_the_trained_weights_go_on(trained: Net) -> None:
     seen: list[float] = []
-    run_dropnet(trained, rewind=False, cycles=1, train=lambda m, n: seen.append(accuracy(m)))
+    run_dropnet(trained, rewind=False, cycles=1, train=lambda m, n, plan: seen.append(accuracy(m)))
     again: list[float] = []
-    run_dropnet(trained, cycles=1, train=lambda m, n: again.append(accuracy(m)))
+    run_dropnet(trained, cycles=1, train=lambda m, n, plan: again.append(accuracy(m)))
     assert seen[0] > 0.8 > again[0]
 
 
@@ -214,14 +214,14 @@ def test_where_no_cycle_is_good_enough_the_original_comes_back(trained: Net) -> 
 
 
 def test_it_ends_where_nothing_is_left_to_drop(trained: Net) -> None:
-    outcome = run_dropnet(trained, accuracy=lambda m: 1.0, fraction=0.9, cycles=50, train=lambda m, n: None)
+    outcome = run_dropnet(trained, accuracy=lambda m: 1.0, fraction=0.9, cycles=50, train=lambda m, n, plan: None)
     assert len(outcome.steps) < 10
     assert any("nothing was left to drop" in note for note in outcome.notes)
     assert outcome.model.first.out_features == outcome.model.second.out_features == 1
 
 
 def killable_dropnet(model: Net, folder: Path | None, cycles: list[int]) -> schedule.Outcome:
-    def train(module: nn.Module, number: int) -> dict[str, Any]:
+    def train(module: nn.Module, number: int, plan: Plan) -> dict[str, Any]:
         cycles.append(number)
         return {"loss": fit(module, epochs=1, seed=number).epochs[-1].loss}
     return run_dropnet(model, checkpoint=folder, train=train, kappa=0.3, cycles=3)
@@ -287,7 +287,7 @@ def test_early_weights_are_taken_along_the_way(tmp_path: Path) -> None:
     fit(model, epochs=3, schedule="constant", after_epoch=early, checkpoint=tmp_path / "run")
     assert all(torch.equal(value, short.state_dict()[name]) for name, value in early.state().items())
     assert not same(model, short)
-    outcome = run_dropnet(model, early.state(), cycles=1, kappa=0.1, train=lambda m, n: None)
+    outcome = run_dropnet(model, early.state(), cycles=1, kappa=0.1, train=lambda m, n, plan: None)
     kept = outcome.plan.kept["first.weight"][0]
     assert torch.equal(outcome.model.first.weight, short.first.weight[kept])
     with pytest.raises(ArtefactError, match="no such file"):
@@ -306,7 +306,7 @@ def test_settings_of_dropnet_are_checked(trained: Net, wrong: dict[str, Any]) ->
 
 
 def run_single(model: Net, stages: Any = ("first", "second"), **options: Any) -> schedule.Outcome:
-    settings: dict[str, Any] = {"train": lambda m, n: fit(m, epochs=1, seed=n), "accuracy": accuracy,
+    settings: dict[str, Any] = {"train": lambda m, n, plan: fit(m, epochs=1, seed=n), "accuracy": accuracy,
                                 "limit": 3.0} | options
     return one_at_a_time(model, groups_of(model, X), stages, **settings)
 
@@ -314,7 +314,7 @@ def run_single(model: Net, stages: Any = ("first", "second"), **options: Any) ->
 def test_channels_leave_one_by_one_with_their_triplets(trained: Net) -> None:
     networks: list[tuple[nn.Module, int]] = []
 
-    def train(module: nn.Module, number: int) -> None:
+    def train(module: nn.Module, number: int, plan: Plan) -> None:
         networks.append((copy.deepcopy(module), number))
         fit(module, epochs=1, seed=number)
 
@@ -339,7 +339,7 @@ def test_channels_leave_one_by_one_with_their_triplets(trained: Net) -> None:
 def test_a_stage_ends_with_the_first_step_that_costs_too_much(trained: Net) -> None:
     # The original; then after pruning and after retraining of each step.
     told = iter([0.9, 0.8, 0.9, 0.8, 0.889, 0.7, 0.85])
-    outcome = run_single(trained, accuracy=lambda m: next(told), limit=1.0, train=lambda m, n: None)
+    outcome = run_single(trained, accuracy=lambda m: next(told), limit=1.0, train=lambda m, n, plan: None)
     found = [(s.measured["stage"], s.measured["accepted"], round(s.measured["drop"], 6)) for s in outcome.steps]
     assert found == [("first", True, 0.0), ("first", False, 1.1), ("second", False, 5.0)]
     assert outcome.steps[2].measured["before"] == 0.9
@@ -352,14 +352,14 @@ def test_exactly_the_limit_is_not_too_much() -> None:
 
 def test_the_last_channel_stays_and_several_may_go_at_once(trained: Net) -> None:
     outcome = run_single(trained, [Stage("first", per_step=6, criterion="l1", name="wide")], limit=100.0,
-                         train=lambda m, n: None)
+                         train=lambda m, n, plan: None)
     assert [step.measured["stage"] for step in outcome.steps] == ["wide"] * 3
     assert outcome.model.first.out_features == 1  # 16 - 6 - 6 - 3
     assert {step.costs["params"][0] for step in outcome.steps} == {sum(p.numel() for p in trained.parameters())}
 
 
 def test_by_default_every_family_has_its_turn(trained: Net) -> None:
-    outcome = run_single(trained, None, limit=-1.0, train=lambda m, n: None, accuracy=lambda m: 1.0)
+    outcome = run_single(trained, None, limit=-1.0, train=lambda m, n, plan: None, accuracy=lambda m: 1.0)
     assert [step.measured["stage"] for step in outcome.steps] == ["first", "second"]
     assert "no step was accepted: this is the original" in outcome.notes
     assert same(outcome.model, trained)
@@ -382,7 +382,7 @@ def whole_single(trained: Net) -> schedule.Outcome:
 
 
 def killable_single(model: Net, folder: Path | None, steps: list[int]) -> schedule.Outcome:
-    def train(module: nn.Module, number: int) -> None:
+    def train(module: nn.Module, number: int, plan: Plan) -> None:
         steps.append(number)
         fit(module, epochs=1, seed=number)
     return run_single(model, [Stage("first", per_step=6), Stage("second", per_step=6)], limit=20.0, train=train,
