@@ -2,8 +2,8 @@
 
 The same questions for every library: PASS where all are answered with yes; EXPLAINED where the result is correct, but
 above the wanted share of the MACs, and the reason says what holds the channels, or where the forward is refused with
-the line that stops it and a named part of the network passes alone; FAIL with where it broke; SKIP where
-the network itself does not run.
+the line that stops it and a named part of the network comes out smaller and proven; FAIL with where it broke; SKIP
+where the network itself does not run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bench.shrinkers import OURS, Shrunk, Stages, Tell, shrinker
 from prunekern.errors import InputError, PlanError, TraceError
 from prunekern.graph.inputs import Call, as_call
 
+SMALLER = 0.90          # of its MACs, at most, that a part of a refused network keeps
 SHARE = 0.60            # of the MACs, at most, with half of the channels
 ERROR = {"float64": 1e-6, "float32": 1e-4}      # relative to max|output|; fp32 where a forward itself insists on it
 PEER_SECONDS = 20.0     # that a peer may take to prune, proofs apart
@@ -78,8 +79,9 @@ def examine(architecture: Architecture, library: str, tell: Tell) -> Case:
         if isinstance(error, InputError) and stage == "plan":       # nothing may go, and the message says what holds it
             return Case(**base, status="EXPLAINED", reason=str(error), ratio=1.0, macs=macs, seconds=stages.seconds)
         if isinstance(error, TraceError) and stage == "trace" and library == OURS and (found := in_parts(model, error)):
-            return Case(**base, status="EXPLAINED", reason=f"{first_line(error)[:300]}; {found['name']!r} alone passes",
-                        macs=macs, seconds=stages.seconds, facts={"part": found})
+            reason = f"{first_line(error)[:300]}; {found['name']!r} alone keeps {found['ratio']:.2f} of its MACs"
+            return Case(**base, status="EXPLAINED", reason=reason, macs=macs, seconds=stages.seconds,
+                        facts={"part": found})
         kind = "shape" if stage == "prove" and isinstance(error, PlanError) else KINDS.get(stage, stage)
         return Case(**base, status="FAIL", kind=kind, reason=first_line(error), macs=macs,
                     seconds=stages.seconds, facts={"traceback": traceback.format_exc()[-3000:]})
@@ -93,14 +95,15 @@ def examine(architecture: Architecture, library: str, tell: Tell) -> Case:
 
 
 def in_parts(model: nn.Module, refusal: TraceError) -> dict[str, Any] | None:
-    """The first submodule named by a refusal that passes by itself, with the figures of its case: a forward that cannot
-    be captured is explained where the line that stops it is known and the advice that comes with it works."""
+    """The first submodule named by a refusal that by itself passes, or comes out smaller and proven with a reason for
+    what it keeps; the figures of its case. A forward that cannot be captured is explained where the line that stops it
+    is known and the advice that comes with it works."""
     for path, call in refusal.parts if refusal.line else ():
         part = Architecture("part", path, lambda path=path, call=call: (model.get_submodule(path), call))  # type: ignore[misc]
         case = examine(part, OURS, lambda stage: None)
-        if case.status == "PASS":
-            return {"line": refusal.line, "name": path, "macs": case.macs, "ratio": case.ratio, "error": case.error,
-                    "teeth": case.teeth}
+        if case.status in ("PASS", "EXPLAINED") and case.error is not None and (case.ratio or 1.0) <= SMALLER:
+            return {"line": refusal.line, "name": path, "status": case.status, "macs": case.macs, "ratio": case.ratio,
+                    "error": case.error, "teeth": case.teeth, "frozen": case.frozen}
     return None
 
 

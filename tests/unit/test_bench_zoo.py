@@ -80,6 +80,19 @@ def test_a_refused_forward_is_explained_by_a_part_that_passes() -> None:
     json.dumps(case.to_json())
 
 
+def test_a_part_that_holds_some_of_its_channels_explains_with_its_reason() -> None:
+    held = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    class Held(Branch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = held
+    part = zoo_case.examine(some(Held), "prunekern", quiet).facts["part"]
+    assert (part["status"], part["name"]) == ("EXPLAINED", "body")
+    assert zoo_case.SHARE < part["ratio"] <= zoo_case.SMALLER
+    assert "layer_norm" in part["frozen"][0]
+
+
 def test_a_refused_forward_is_a_failure_where_no_part_passes() -> None:
     case = zoo_case.examine(some(lambda: Branch(1)), "prunekern", quiet)
     assert (case.status, case.kind) == ("FAIL", "trace")
