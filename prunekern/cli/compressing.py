@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +67,15 @@ ROUND_TO = Annotated[int, typer.Option("--round-to", min=1, metavar="N", rich_he
                                        help="Channels kept are multiples of this.")]
 STEPS = Annotated[int, typer.Option("--steps", min=1, metavar="N", rich_help_panel=HOW,
                                     help="Prune in so many steps, training between.")]
+SCHEDULE = Annotated[str, typer.Option("--schedule", metavar="NAME", rich_help_panel=HOW, help="How much each step "
+                                       "takes: exponential (equal ratios), linear or cubic.")]
+FIT = Annotated[list[str] | None, typer.Option(
+    "--fit", metavar="KEY=VALUE", rich_help_panel=TRAINING, help="An option of training, e.g. ema=0.999, warmup=1, "
+    "clip=1, label_smoothing=0.1, optimizer=adamw, augment={\"crop\":4,\"flip\":true}; distil=true learns from the "
+    "original. Repeatable.")]
+SPARSE = Annotated[list[str] | None, typer.Option(
+    "--sparse", metavar="KEY=VALUE", rich_help_panel=TRAINING, help="Train towards sparsity before the cut: "
+    "method=group-lasso, growing or soft, its settings, epochs, lr. Repeatable.")]
 EPOCHS = Annotated[int, typer.Option("--epochs", min=0, metavar="N", rich_help_panel=TRAINING,
                                      help="Of training after each step; 0: none.")]
 LR = Annotated[float, typer.Option("--lr", metavar="RATE", rich_help_panel=TRAINING, help="Learning rate.")]
@@ -91,6 +101,7 @@ def add_to(app: typer.Typer) -> None:
         "prunekern compress models:resnet --input 1x3x224x224 --macs 0.5 --out small",
         "prunekern compress models:net --data fashion-mnist --max-drop 1 --epochs 2",
         "prunekern compress models:net --layer 'stage3.*=0.25' --ignore 'stage1.*' --round-to 8",
+        "prunekern compress models:net --data cifar10 --macs 0.3 --steps 5 --schedule cubic --fit distil=true",
         "prunekern compress models:net --plan plan.json --out small"))(compress)
     app.command(epilog=examples(
         "prunekern plan models:net --macs 0.5 --out plan.json",
@@ -102,7 +113,8 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
              accuracy: ACCURACY = None, max_drop: MAX_DROP = None, plan: PLAN = None,
              criterion: CRITERION = "l2", ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
              attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
-             steps: STEPS = 1, data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
+             steps: STEPS = 1, schedule: SCHEDULE = "exponential", fit: FIT = None, sparse: SPARSE = None,
+             data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
              input: INPUT = None, lower: LOWER = True, backend: BACKEND = "auto", time: TIME = False, out: OUT = None,
              checkpoint: CHECKPOINT = None, seed: SEED = 0, threads: THREADS = None, json: JSON = False,
              quiet: QUIET = False) -> None:
@@ -116,6 +128,8 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
     goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer, accuracy=accuracy, max_drop=max_drop)
     if data is None and (accuracy is not None or max_drop is not None or recalibrate):
         raise TargetError("--accuracy, --max-drop and --recalibrate need --data to measure on; add --data NAME.")
+    if data is None and (fit or sparse):
+        raise TargetError("--fit and --sparse say how to train, which needs --data; add --data NAME.")
     given = Plan.load(plan) if plan else None
     loaded = load_target(target, input or (), say, seed=seed, threads=threads)
     sets = load_sets(data, say, seed)
@@ -125,12 +139,13 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
     parts: dict[str, Any] = {}
     if sets is not None:
         parts = {"calibrate": sets.train[0][:1024], "validate": sets.validate, "test": sets.test,
-                 "train": sets.train if epochs else None}
+                 "train": sets.train if epochs or sparse else None}
     with say.stages() as tell:
         result = compress_network(
             loaded.model, example, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
             round_to=round_to, policy=None if given is not None else Policy(attention, outputs, inexact), steps=steps,
-            fit={"epochs": epochs, "lr": lr, "progress": say.live},
+            schedule=schedule, sparse=_settings("--sparse", sparse) or None,
+            fit={"epochs": epochs, "lr": lr, "progress": say.live, **_settings("--fit", fit)},
             recalibrate=recalibrate, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
             time=time, tell=tell, **parts)
         if out is not None:
@@ -179,6 +194,17 @@ def _goal(layer: list[str] | None, **asked: Any) -> Target | None:
               for glob, share in pairs("--layer", layer or (), "GLOB=SHARE, e.g. 'conv*=0.5'").items()}
     asked["layers"] = layers or None
     return Target(**asked) if any(value is not None for value in asked.values()) else None
+
+
+def _settings(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE pairs, the values as JSON where they are, else as text."""
+    found: dict[str, Any] = {}
+    for name, text in pairs(option, texts or (), "KEY=VALUE, e.g. epochs=3").items():
+        try:
+            found[name] = loads(text)
+        except ValueError:
+            found[name] = text
+    return found
 
 
 def _channels(option: str, texts: list[str] | None) -> dict[str, list[int]]:

@@ -283,6 +283,22 @@ def test_compress(command: Command, tmp_path: Path) -> None:
     assert again.data["total"]["macs"] == after
 
 
+def test_how_to_train_and_in_which_steps(command: Command) -> None:
+    run = done(command("compress", "models:net", "--data", "fashion-mnist", "--macs", "0.4", "--steps", "2",
+                       "--schedule", "cubic", "--sparse", "strength=0.01", "--sparse", "epochs=1", "--fit", "ema=0.9",
+                       "--fit", "augment={\"crop\":2}", "--fit", "distil=true", "--fit", "optimizer=adamw", "--lr",
+                       "0.001", "--json", "--no-lower"))
+    first, second = run.data["steps"]
+    assert first["shares"]["macs"] == pytest.approx(0.4 + 0.6 / 8)
+    assert second["shares"]["macs"] == 0.4
+    assert "sparse training" in run.err
+    for wrong, kind, says in ((("--fit", "speed=3"), "InputError", "'speed': ...} is no option of training"),
+                              (("--schedule", "square"), "UnknownName", "unknown schedule 'square'"),
+                              (("--sparse", "method=ridge"), "UnknownName", "unknown method of sparse training")):
+        failed(command("compress", "models:net", "--data", "fashion-mnist", "--no-lower", *wrong), kind, says)
+    failed(command("compress", "models:net", *IMAGE, "--fit", "ema=0.9"), "TargetError", "--data")
+
+
 def test_compress_as_json(command: Command) -> None:
     run = done(command("compress", "models:net", *IMAGE, "--params", "0.6", "--json", "--out", "small"))
     data = run.data
