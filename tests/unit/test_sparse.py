@@ -331,8 +331,11 @@ def test_interrupted_fine_tuning_goes_on_with_its_masks(tmp_path: Path, optimize
     assert figures(found) == figures(expected)
     assert same(again, whole)
     assert zeros_of(again).zeros == masks.zeros
-    with pytest.raises(ArtefactError, match="other"):
+    with pytest.raises(ArtefactError, match="other weights"):
         fine_tune(network(), magnitude(network(), 0.5), blobs(), checkpoint=tmp_path / "run", **options)
+    looser = magnitude(masked(network(), masks), 0.5)       # starts from the same weights, and lets some grow again
+    with pytest.raises(ArtefactError, match="sparsity"):
+        fine_tune(masked(network(), masks), looser, blobs(), checkpoint=tmp_path / "run", **options)
 
 
 def test_other_models_and_unmasked_ones_are_refused() -> None:
