@@ -25,7 +25,7 @@ from prunekern.graph.inputs import Call
 from prunekern.graph.labels import label
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
-from prunekern.prune.prove import difference
+from prunekern.prune.reference import difference
 
 EXACT = 1e-6
 PROJECTIONS = ("qkv", "qkv_proj", "query_key_value", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin",

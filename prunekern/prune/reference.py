@@ -31,6 +31,23 @@ def masked_outputs(labels: Labels, keep: Tensor, tensors: Mapping[str, Tensor], 
             for leaf, value in zip(leaves, outputs, strict=True)]  # type: ignore[arg-type]
 
 
+def difference(outputs: list[Any], reference: list[Any]) -> float:
+    """Largest relative error over tensor outputs; infinite where shapes or non-tensors differ."""
+    if len(outputs) != len(reference):
+        return float("inf")
+    worst = 0.0
+    for out, ref in zip(outputs, reference, strict=True):
+        if not isinstance(ref, Tensor):
+            continue
+        if not isinstance(out, Tensor) or out.shape != ref.shape:
+            return float("inf")
+        if ref.numel():
+            scale = max(float(ref.abs().max()), 1e-30) if ref.is_floating_point() else 1.0
+            error = float((out.double() - ref.double()).abs().max()) / scale
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
 def masking(labels: Labels, keep: Tensor) -> Before:
     """A hook for ``evaluate`` that multiplies consumers' inputs with what remains of them."""
     masks = {node: {arg: labels.mask(arg, keep) for arg in args} for node, args in labels.masked.items()}

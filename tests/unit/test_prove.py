@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,12 +15,14 @@ from torch import Tensor, fx, nn
 from prunekern.errors import PlanError, ProofError
 from prunekern.graph.groups import Groups
 from prunekern.ops import REGISTRY
-from prunekern.prune.prove import LIMIT, difference, prove, randomised
-from prunekern.prune.reference import masked_outputs
+from prunekern.prune.prove import LIMIT, prove, randomised
+from prunekern.prune.reference import difference, masked_outputs
 from prunekern.prune.rewrite import rewrite
 from prunekern.prune.slice import slice_module
 from tests.pruning import Cut, cut, first_units, groups_of
 from tests.zoo import ZOO
+
+prove_file: Any = import_module("prunekern.prune.prove")
 
 
 class Residual(nn.Module):
@@ -238,3 +242,140 @@ def test_a_forward_that_casts_is_proven_in_fp64_all_the_same() -> None:
 ])
 def test_difference(out: list[Any], ref: list[Any], expected: float) -> None:
     assert difference(out, ref) == expected
+
+
+class TwoPaths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.end = nn.Linear(5, 6), nn.Linear(5, 7), nn.ModuleList([nn.Linear(6, 3), nn.Linear(7, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end[0](self.change(F.relu(self.a(x)))) + self.end[1](F.relu(self.b(x)))
+
+    def change(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Rolled(TwoPaths):
+    def change(self, x: Tensor) -> Tensor:
+        return x.roll(1, 1)
+
+
+def dulled(monkeypatch: pytest.MonkeyPatch, dead: Sequence[str], scales: Sequence[float] = ()) -> list[float]:
+    """The first twin has the first layer's ReLUs dead, and so on. Gives the list of the twins' scales, as they come."""
+    drawn: list[float] = []
+    scales = scales or prove_file.SCALES
+
+    def draw(groups: Groups, tensors: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+        twin = randomised(groups, tensors, seed, scale)
+        for name in dead[scales.index(scale):scales.index(scale) + 1]:
+            twin[name] = torch.full_like(twin[name], -1e3)
+        drawn.append(scale)
+        return twin
+    monkeypatch.setattr(prove_file, "randomised", draw)
+    monkeypatch.setattr(prove_file, "SCALES", scales)
+    return drawn
+
+
+@pytest.fixture
+def paths() -> tuple[TwoPaths, Groups]:
+    """Path a is dead under the real weights, too."""
+    model = TwoPaths().eval()
+    nn.init.constant_(model.a.bias, -1e3)
+    return model, groups_of(model, torch.randn(2, 5))
+
+
+def test_what_the_twins_feel_is_joined(monkeypatch: pytest.MonkeyPatch, paths: tuple[TwoPaths, Groups]) -> None:
+    """The first twin is blind for one family, the second for the other."""
+    keep, sliced, graph = parts(*paths)
+    alone = []
+    for dead in ("a", "b"):
+        with monkeypatch.context() as patched:
+            dulled(patched, [f"{dead}.bias"], scales=(1.0,))
+            alone.append(prove(paths[1], keep, graph, sliced)[1])
+        assert alone[-1].blunt == (dead,)
+    drawn = dulled(monkeypatch, ["a.bias", "b.bias"])
+    proof = prove(paths[1], keep, graph, sliced)[1]
+    assert proof.blunt == ()
+    assert proof.teeth > max(p.teeth for p in alone)
+    assert drawn == [1.0, 0.5]
+
+
+def test_a_slip_that_only_the_second_twin_shows_is_refused(
+        monkeypatch: pytest.MonkeyPatch, paths: tuple[TwoPaths, Groups]) -> None:
+    keep, sliced, graph = parts(*paths)
+    wrong = Rolled()
+    wrong.__dict__.update(sliced.__dict__)
+    bent = copy.deepcopy(graph)
+    node = next(n for n in bent.graph.nodes if n.op == "call_module" and n.target == "end.0")
+    with bent.graph.inserting_before(node):
+        node.args = (bent.graph.call_function(torch.roll, (node.args[0], 1, 1)),)
+    bent.recompile()
+    with monkeypatch.context() as patched:                      # with the first twin alone, both would be returned
+        dulled(patched, ["a.bias"], scales=(1.0,))
+        assert prove(paths[1], keep, bent, wrong)[0] is wrong
+        assert prove(paths[1], keep, bent, None)[0] is bent
+    dulled(monkeypatch, ["a.bias"])
+    module, proof = prove(paths[1], keep, graph, wrong)
+    assert module is graph
+    assert "user's own class differs" in proof.notes[0]
+    for own in (wrong, None):
+        with pytest.raises(ProofError, match="graph module differs"):
+            prove(paths[1], keep, bent, own)
+
+
+def test_one_twin_is_enough_where_it_feels_everything(
+        monkeypatch: pytest.MonkeyPatch, model: nn.Module, groups: Groups) -> None:
+    drawn = dulled(monkeypatch, [])
+    cut(model, groups, first_units(groups))
+    assert drawn == [1.0]
+
+
+def test_a_twin_that_overflows_is_passed_over(monkeypatch: pytest.MonkeyPatch, paths: tuple[TwoPaths, Groups]) -> None:
+    keep, sliced, graph = parts(*paths)
+    overflow: set[float] = set()
+
+    def draw(groups: Groups, tensors: Mapping[str, Tensor], seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+        twin = randomised(groups, tensors, seed, scale)
+        if scale == 1:
+            twin["a.bias"] = torch.full_like(twin["a.bias"], -1e3)
+        if scale in overflow:
+            twin["end.0.bias"] = torch.full_like(twin["end.0.bias"], float("inf"))
+        return twin
+    monkeypatch.setattr(prove_file, "randomised", draw)
+    for some, blunt in (({1.0}, ()), ({0.5}, ()), ({1.0, 0.5}, ()), ({0.5, 0.25}, ("a",))):
+        overflow.clear()
+        overflow |= some
+        assert prove(paths[1], keep, graph, sliced)[1].blunt == blunt
+    overflow |= {1.0}
+    with pytest.raises(ProofError, match="by inf"):
+        prove(paths[1], keep, graph, sliced)
+
+
+def test_a_calm_twin_feels_what_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate of a deep network that grows: at full scale it is all or nothing."""
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bodies = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(24))
+            self.down, self.up, self.end = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for body in self.bodies:
+                x = x + 2 * body(x)
+            return self.end(x * self.up(F.relu(self.down(x.mean((2, 3), keepdim=True)))).sigmoid())
+    grows = Grows().eval()
+    groups = groups_of(grows, torch.randn(2, 6, 5, 5))
+    monkeypatch.setattr(import_module("prunekern.prune.teeth"), "TRIES", 0)
+    assert cut(grows, groups, first_units(groups)).proof.blunt == ()
+    monkeypatch.setattr(prove_file, "SCALES", (1.0, 1.0, 1.0))
+    assert cut(grows, groups, first_units(groups)).proof.blunt == ("down",)
+
+
+def test_calm_twins(groups: Groups) -> None:
+    real = {name: t.detach().double() for name, t in groups.graph.tensors.items()}
+    loud, calm = randomised(groups, real, 0), randomised(groups, real, 0, 0.25)
+    assert torch.equal(calm["conv.weight"], 0.25 * loud["conv.weight"])
+    assert torch.equal(calm["bn1.weight"], loud["bn1.weight"])
+    assert bool((calm["bn1.bias"] > 0).all())
+    assert not bool((loud["bn1.bias"] > 0).all())
