@@ -73,11 +73,6 @@ class Protocol:
     batches: tuple[int, ...] = (1, 64, 1024)
     rounds: tuple[int, ...] = (400, 80, 20)
 
-    def exceeded(self, drop: float) -> bool:
-        """Whether a drop is more than the limit. Exactly the limit is not: the tolerance is for the last digit of a
-        difference of two fractions."""
-        return drop > self.drop_limit + 1e-9
-
 
 def _in_steps(**sizes: int) -> tuple[Stage, ...]:
     return tuple(replace(stage, per_step=sizes.get(stage.name.replace(" ", "_"), 1)) for stage in STAGES)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import nn
 
 from prunekern.core.plan import Plan
 from prunekern.cost import profile
 from prunekern.data.dataset import Dataset, Pair
-from prunekern.errors import PlanError
+from prunekern.errors import ArtefactError, PlanError
 from prunekern.graph.groups import Groups
-from prunekern.prune.compose import compose
-from prunekern.prune.oneshot import Pruned, groups_of, prune
-from prunekern.prune.target import Target
+from prunekern.prune import single
+from prunekern.prune.oneshot import groups_of
+from prunekern.prune.single import Taken, Triplet, walk
 from prunekern.recipes.fashion_mnist.network import (
     DENSE,
     LAYERS,
@@ -56,34 +58,31 @@ class Study:
 
     def run(self) -> list[Stored]:
         """All steps in order, the original first. A second run goes on where the first was stopped."""
-        most = 1 + sum(self._most(stage) for stage in self.protocol.stages)
-        self.tell.doing("original: training", 0, most)
-        done = [self.store.read(0) or self._original()]
-        self._say(done[0].record)
-        current, passed = done[0], 1
-        for stage in self.protocol.stages:
-            for step in self._stage(stage, current, len(done), passed, most):
-                done.append(step)
-                self._say(step.record)
-                current = step if step.record.accepted else current
-            passed += self._most(stage)
+        self.tell.doing("original: training", 0, self._most(self.protocol.stages))
+        original = self.store.read(0) or self._original()
+        self._say(original.record)
+        done = [original]
+        for taken in walk(self._taken(original, None), self.groups, [_pass(stage) for stage in self.protocol.stages],
+                          train=self._train, accuracy=lambda model: accuracy(model, self.splits.validation),
+                          trained=lambda _, history: _final(history), limit=self.protocol.drop_limit,
+                          shelf=_Shelf(self), tell=self._tell, normalisation="none", seed=self.seed):
+            step = self.store.read(taken.number)
+            assert step is not None
+            done.append(step)
+            self._say(done[-1].record)
         self.store.write_table([step.record for step in done])
         return done
 
-    def _most(self, stage: Stage) -> int:
-        return math.ceil((DENSE[LAYERS.index(stage.layer)] - 1) / stage.per_step)
+    def _most(self, stages: Sequence[Stage]) -> int:
+        """Steps at most: one for the original, and each stage down to one channel."""
+        return 1 + sum(math.ceil((DENSE[LAYERS.index(stage.layer)] - 1) / stage.per_step) for stage in stages)
 
-    def _stage(self, stage: Stage, current: Stored, number: int, passed: int, most: int) -> Iterator[Stored]:
-        """Steps until one costs too much (the last one then, not accepted), or one channel is left."""
-        while (left := current.record.widths[LAYERS.index(stage.layer)]) > 1:
-            taken = min(stage.per_step, left - 1)
-            self.tell.doing(f"{stage.name}: {left} → {left - taken} of {DENSE[LAYERS.index(stage.layer)]}",
-                            passed, most)
-            step = self.store.read(number) or self._step(stage, taken, current, number)
-            yield step
-            if not step.record.accepted:
-                return
-            current, number, passed = step, number + 1, passed + 1
+    def _tell(self, stage: single.Stage, left: int, taken: int) -> None:
+        names = [each.name for each in self.protocol.stages]
+        whole = DENSE[LAYERS.index(stage.layer)]
+        passed = self._most(self.protocol.stages[:names.index(stage.says)]) + (whole - left) // stage.per_step
+        self.tell.doing(f"{stage.says}: {left} → {left - taken} of {whole}", passed,
+                        self._most(self.protocol.stages))
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -100,33 +99,48 @@ class Study:
         self.store.write(stored, model)
         return stored
 
-    def _step(self, stage: Stage, taken: int, current: Stored, number: int) -> Stored:
-        """Prune, prove, measure, retrain, measure, write down."""
-        left = current.record.widths[LAYERS.index(stage.layer)]
-        target = (Target(one=stage.layer) if taken == 1 else
-                  Target(layers={stage.layer: (left - taken) / left}))
-        pruned = prune(self.store.model(current.record), example(), target, criterion=stage.criterion,
-                       normalisation="none", seed=self.seed)
-        model = _shrunk(pruned, current.record.widths, stage.layer, taken)
-        cut = accuracy(model, self.splits.validation)
-        history = self._fit(model, number, self.protocol.retrain_epochs, self.protocol.retrain_lr)
-        plan = compose(self.groups, current.plan, pruned.plan)
-        stored = Stored(self._record(stage, current, number, model, cut, history, plan), history, plan, pruned.proof,
-                        pruned.seconds)
-        self.store.write(stored, model)
-        return stored
+    def _train(self, model: nn.Module, number: int, plan: Plan) -> History:
+        _check_widths(model, plan)
+        return self._fit(model, number, self.protocol.retrain_epochs, self.protocol.retrain_lr)
 
-    def _record(self, stage: Stage, current: Stored, number: int, model: FashionNet, cut: float, history: History,
-                plan: Plan) -> Record:
-        before, after = current.record.after_retraining, _final(history)
-        drop = 100 * (before - after)
+    def _stored(self, taken: Taken) -> Stored:
+        """A step of the library's as the study keeps it."""
+        assert taken.proof is not None
+        return Stored(self._record(taken), taken.told, taken.plan, taken.proof, taken.seconds)
+
+    def _taken(self, stored: Stored, stage: single.Stage | None) -> Taken:
+        """The inverse, for a step that lies in the folder."""
+        record = stored.record
+        triplet = None if record.before is None or record.after_pruning is None else Triplet(
+            record.before, record.after_pruning, record.after_retraining)
+        return Taken(record.number, stage, record.left if stage else 0, triplet, record.after_retraining,
+                     record.accepted, stored.plan, stored.proof, lambda: self.store.model(record), stored.history,
+                     stored.seconds)
+
+    def _record(self, taken: Taken) -> Record:
+        stage, triplet, model = self._stage(taken), taken.triplet, taken.model()
+        assert triplet is not None
+        parent = self._parent(taken.number)
         macs, params = _costs(model)
-        removed = set(_kept(current.plan, stage.layer)) - set(_kept(plan, stage.layer))
-        return Record(number, stage.name, stage.layer, stage.says, tuple(sorted(removed)), widths_of(model), before,
-                      cut, after, drop, current.record.total_drop + drop, not self.protocol.exceeded(drop), None,
-                      accuracy(model, self.splits.test), macs, plan.costs["macs"][1], fvcore_macs(model), params)
+        removed = set(_kept(parent.plan, stage.layer)) - set(_kept(taken.plan, stage.layer))
+        return Record(taken.number, stage.name, stage.layer, stage.says, tuple(sorted(removed)), widths_of(model),
+                      triplet.before, triplet.after_pruning, triplet.after_retraining, triplet.drop,
+                      parent.record.total_drop + triplet.drop, taken.accepted, None, accuracy(model, self.splits.test),
+                      macs, taken.plan.costs["macs"][1], fvcore_macs(model), params)
 
-    def _fit(self, model: FashionNet, number: int, epochs: int, lr: float) -> History:
+    def _stage(self, taken: Taken) -> Stage:
+        assert taken.stage is not None
+        return next(stage for stage in self.protocol.stages if stage.name == taken.stage.says)
+
+    def _parent(self, number: int) -> Stored:
+        """The network that a step began with: the latest before it that was accepted."""
+        for earlier in range(number - 1, -1, -1):
+            found = self.store.read(earlier)
+            if found is not None and found.record.accepted:
+                return found
+        raise ArtefactError(f"step {number} has no step before it in {self.store.folder}; delete the folder.")
+
+    def _fit(self, model: nn.Module, number: int, epochs: int, lr: float) -> History:
         p = self.protocol
         updates = epochs * math.ceil(len(self.splits.train[1]) / p.batch_size)
         return fit(model, self.splits.train, self.splits.validation, epochs=epochs, lr=lr, momentum=p.momentum,
@@ -156,25 +170,41 @@ def _final(history: History) -> float:
     return history.final.validation_accuracy
 
 
-def _costs(model: FashionNet) -> tuple[int, int]:
+def _pass(stage: Stage) -> single.Stage:
+    return single.Stage(stage.layer, stage.criterion, stage.per_step, stage.name)
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """The study's folder as the library's walk reads and writes it."""
+
+    study: Study
+
+    def read(self, number: int, stage: single.Stage) -> Taken | None:
+        found = self.study.store.read(number)
+        return None if found is None else self.study._taken(found, stage)
+
+    def write(self, taken: Taken) -> None:
+        self.study.store.write(self.study._stored(taken), taken.model())
+
+
+def _costs(model: nn.Module) -> tuple[int, int]:
     """MACs of one image, and parameters."""
     total = profile(model, example(), batch=1).total
     return total.macs, total.params
 
 
-def widths_of(model: FashionNet) -> Widths:
+def widths_of(model: nn.Module) -> Widths:
     """Channels of conv1 and conv2, neurons of fc1, as the weights have them."""
+    assert isinstance(model, FashionNet)
     return len(model.conv1.weight), len(model.conv2.weight), len(model.fc1.weight)
 
 
-def _shrunk(pruned: Pruned, before: Widths, layer: str, taken: int) -> FashionNet:
-    """The pruned network; it is the user's own class here, and has lost what was asked for."""
-    wanted = tuple(width - taken * (name == layer) for name, width in zip(LAYERS, before, strict=True))
-    model = pruned.model
+def _check_widths(model: nn.Module, plan: Plan) -> None:
+    """The pruned network is the user's own class here, and has lost what was asked for."""
+    wanted = tuple(len(_kept(plan, layer)) for layer in LAYERS)
     if not isinstance(model, FashionNet) or widths_of(model) != wanted:
-        raise PlanError(f"{layer}: pruning left a {type(model).__name__} of other widths than {wanted}; "
-                        f"{'; '.join(pruned.proof.notes) or 'its proof says nothing of it'}.")
-    return model
+        raise PlanError(f"pruning left a {type(model).__name__} of other widths than {wanted}.")
 
 
 def _kept(plan: Plan, layer: str) -> list[int]:
