@@ -165,6 +165,12 @@ def test_the_cheapest_zeros_go_first() -> None:
     assert SCAN.cheapest(1.0) == {"a": 0.9, "b": 0.9}
 
 
+def test_zeros_that_come_free_after_dear_ones_are_not_free() -> None:
+    """Of c the first 50 cost 0.05 and the next 40 nothing: 90 for 0.05, less each than those of d at 0.07 for 90."""
+    scan = SparsityScan(0.9, (*points("c", 100, (0.5, 0.85), (0.9, 0.85)), *points("d", 100, (0.9, 0.83))))
+    assert scan.cheapest(100 / 180) == pytest.approx({"c": 0.9, "d": 0.1})
+
+
 def test_tolerances_begin_with_what_costs_nothing() -> None:
     assert SCAN.tolerated(0.25) == pytest.approx({"a": 0.25, "b": 0.0})
     assert SCAN.tolerated(0.5) == SCAN.within(0)
