@@ -69,7 +69,7 @@ def curvature(
         for number, call, target in _samples(first(batches, ROWS), graph.free_batch):
             size = call.batch or 1
             gate = torch.ones(labels.groups, dtype=torch.float64, requires_grad=True)
-            output = output_of(graph, state, call, number, before=_gated(labels, gate))
+            output = output_of(graph, state, call, number, before=gated(labels, gate))
             if target is None and loss is None:
                 target, guessed = drawn(output, generator), True
             value = loss_of(loss, output, target, number)
@@ -94,7 +94,7 @@ def _samples(batches: Iterable[Batch], alone: bool) -> Iterator[tuple[int, Call,
             yield number, call, target
 
 
-def _gated(labels: Labels, gate: Tensor) -> Any:
+def gated(labels: Labels, gate: Tensor) -> Any:
     """A hook for ``evaluate`` that multiplies what consumers read of each group by its gate."""
 
     def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -130,6 +130,10 @@ class Evidence:
             with torch.no_grad():
                 run(self.graph, self.graph.tensors, call, number, after=after)
 
+    def batches_of(self, rows: int) -> Iterator[Batch]:
+        """The calibration data up to so many rows: (inputs, target or None). Raises InputError without data."""
+        return first(self._calls("second moments"), rows)
+
     def remark(self, text: str) -> None:
         """Say something that a reader of the report should know about these scores."""
         self.remarks.append(text)

@@ -23,6 +23,7 @@ from prunekern.prune.importance.l1 import l1
 from prunekern.prune.importance.l2 import l2
 from prunekern.prune.importance.lamp import lamp
 from prunekern.prune.importance.obd import obd
+from prunekern.prune.importance.obs import obs
 from prunekern.prune.importance.random import random
 from prunekern.prune.importance.taylor import taylor
 
@@ -40,6 +41,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "taylor": taylor,
     "fisher": fisher,
     "obd": obd,
+    "obs": obs,
     "activation": activation,
     "apoz": apoz,
     "cosine_activation": cosine_activation,
