@@ -267,13 +267,34 @@ def test_soft_pruning_may_wait_some_epochs() -> None:
     assert [count > 0 for count in zeros] == [False, True, False, True]
 
 
-def test_the_best_epoch_comes_back_with_its_choice() -> None:
-    model = residual()
-    soft = SoftPruning(groups_of(model, X[:4]), Target(layers={"inner": 0.5}))
-    history = fitted(model, soft, validate=blobs(60, seed=5), epochs=10, lr=0.5, restore_best=True)
-    pruned = soft.cut(model.eval())
-    torch.testing.assert_close(pruned.model(X), model(X))
-    assert history.restored
+def test_the_best_epoch_and_the_finished_run_come_back_with_their_choice(tmp_path: Path) -> None:
+    """The choice changes in the second epoch, where silenced channels grow; the first epoch is the best."""
+
+    def run(**options: Any) -> tuple[nn.Module, SoftPruning, list[Tensor], Any]:
+        model, keeps, x, y = residual(), [], *blobs(60, seed=5)
+        soft = SoftPruning(groups_of(model, X[:4]), Target(layers={"inner": 0.5}))
+
+        def grow(m: nn.Module) -> None:
+            if len(keeps) == 1:
+                m.inner.weight.data[~keeps[0][soft.groups.find("inner")[0].groups]] += 0.5
+
+        history = fitted(model, soft, epochs=3, before_step=grow,
+                         after_epoch=lambda m, e: keeps.append(soft.keep.clone()),
+                         validate=lambda: (x, y if not keeps[1:] else (y + 1) % 3), **options)
+        return model, soft, keeps, history
+
+    _, soft, keeps, _ = run(checkpoint=tmp_path / "last")
+    assert not torch.equal(keeps[0], keeps[1])
+    assert torch.equal(soft.keep, keeps[-1])
+    model, again, none, _ = run(checkpoint=tmp_path / "last")
+    assert none == []
+    assert torch.equal(again.keep, keeps[-1])
+    torch.testing.assert_close(again.cut(model.eval()).model(X), model(X))
+    model, best, keeps, history = run(restore_best=True, checkpoint=tmp_path / "best")
+    assert history.best == 0
+    assert torch.equal(best.keep, keeps[0])
+    torch.testing.assert_close(best.cut(model.eval()).model(X), model(X))
+    assert torch.equal(run(restore_best=True, checkpoint=tmp_path / "best")[1].keep, keeps[0])
 
 
 # --- resuming ---------------------------------------------------------------------------------------------
