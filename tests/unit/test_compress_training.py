@@ -206,3 +206,19 @@ def test_rewinding_gives_a_result(trained: Net, tmp_path: Path) -> None:
 def test_rewinding_that_fails_at_once_says_so(trained: Net) -> None:
     with pytest.raises(TargetError, match="cycle 1 fell to"):
         compress(trained, rewind={"initial": initial(), "fraction": 0.9, "kappa": 1.0}, fit={"epochs": 0})
+
+
+@pytest.mark.parametrize("moment", [7, 25])
+def test_rewinding_killed_in_the_middle_of_training_goes_on(trained: Net, tmp_path: Path, moment: int) -> None:
+    asked = {"initial": initial().state_dict(), "fraction": 0.3, "kappa": 0.5, "cycles": 2}
+
+    def run(folder: Path, hook: Any = None) -> pk.Result:
+        return compress(trained, rewind=asked, checkpoint=folder, fit={**FIT, "epochs": 3, "before_step": hook})
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(tmp_path / "parted", killer(moment))
+    counted: list[int] = []
+    again = run(tmp_path / "parted", lambda model: counted.append(1))
+    assert len(counted) == 36 - moment // 6 * 6  # whole epochs are not trained twice
+    assert same(again.model, whole.model)
