@@ -141,7 +141,8 @@ def test_the_policy_holds_in_every_step(trained: Net) -> None:
 def run_dropnet(model: Net, start: Any = None, **options: Any) -> schedule.Outcome:
     settings: dict[str, Any] = {"train": lambda m, n, plan: {"loss": fit(m, seed=n).epochs[-1].loss},
                                 "accuracy": accuracy, "fraction": 0.4, "kappa": 0.9, "cycles": 4,
-                                "criterion": "activation", "calibrate": [TRAIN[0]], "normalisation": "none", "reduction": "first"} | options
+                                "criterion": "activation", "calibrate": [TRAIN[0]],
+                                "normalisation": "none", "reduction": "first"} | options
     return dropnet(model, groups_of(model, X), initial() if start is None else start, **settings)
 
 
