@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -78,12 +79,21 @@ class Results:
         self.write()
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "runs": self.runs, "cases": list(self.cases.values())}
+        return {"schema": SCHEMA, "runs": self.runs, "cases": placeless(list(self.cases.values()))}
 
     def write(self) -> None:
         whole = self.to_json()
         write_text(self.path, json.dumps(whole, indent=1) + "\n")
         write_text(self.path.with_suffix(".md"), zoo_table.markdown(whole, self.path.name) + "\n")
+
+
+def placeless(value: Any) -> Any:
+    """Texts without the folders that packages and this checkout happen to lie in."""
+    if isinstance(value, str):
+        return re.sub(r"[^\s\"'(]*/site-packages/", "", value).replace(f"{ROOT}/", "")
+    if isinstance(value, Mapping):
+        return {key: placeless(item) for key, item in value.items()}
+    return [placeless(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass

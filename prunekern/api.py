@@ -40,12 +40,12 @@ FIT = {"epochs": 1, "lr": 0.01}
 
 
 def compress(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
-             criterion: str | Criterion = "l2", reduction: str | None = None, normalisation: str | None = None,
+             criterion: str | Criterion | None = None, reduction: str | None = None, normalisation: str | None = None,
              direction: str | None = None, ranking: str | None = None, ignore: Sequence[str] = (), round_to: int = 1,
              policy: Asked | None = None, calibrate: Any = None, train: Any = None, validate: Any = None,
              test: Any = None, steps: int = 1, schedule: str = "exponential", fit: Mapping[str, Any] | None = None,
              sparse: Mapping[str, Any] | None = None, rewind: Mapping[str, Any] | None = None,
-             recalibrate: bool = False, plan: Plan | None = None,
+             recalibrate: bool = False, reconstruct: bool | Mapping[str, Any] | None = None, plan: Plan | None = None,
              loss: Callable[..., Tensor] | None = None, lower: bool = True, backend: str = "auto",
              checkpoint: str | Path | None = None, seed: int = 0, time: bool = False,
              tell: Tell = lambda _: None) -> Result:
@@ -54,15 +54,18 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     model: an nn.Module in eval mode; never modified. example_inputs: one batch (tensor, tuple or dict); taken
     from a loader, or inferred from an unambiguous first layer, where left out. target: what remains (default:
     half of the MACs); shares may be combined, ``accuracy`` and ``max_drop`` need ``validate``.
-    criterion, reduction, normalisation, direction: see ``prunekern.prune.importance.score``. ranking: 'global'
+    criterion: left out, it is 'l2', or, with calibrate=, 'obs' together with reconstruct=True, which keeps far more
+    accuracy. Its reduction, normalisation and direction: see ``prunekern.prune.importance.score``; ranking: 'global'
     or 'layer'. Left out, these are what the criterion brings. ignore: globs of layers left alone. round_to: channels
     kept are multiples of it. policy: which kinds of channels are candidates: attention heads or widths, output
     features, what is normalised across (``prunekern.core.policy.Policy``, or a mapping: {'attention': 'widths',
     'inexact': True}).
-    calibrate: unlabelled batches, for criteria that look at activations and for ``recalibrate`` (batch-norm
-    statistics estimated again after every cut). train, validate, test: loaders, (inputs, labels) tensors or
-    functions; ``train(model)`` may train in place itself, ``validate(model)`` and ``test(model)`` may return an
-    accuracy themselves. Selection uses the validation data only; test data gives the last figure.
+    calibrate: unlabelled batches, for criteria that look at activations, for ``recalibrate`` (batch-norm statistics
+    estimated again after every cut) and for ``reconstruct`` (True, or options of ``prune.reconstruct.reconstruct``:
+    after every cut, the weights that stay are refitted to what the network gave before it).
+    train, validate, test: loaders, (inputs, labels) tensors or functions; ``train(model)`` may train in place itself,
+    ``validate(model)`` and ``test(model)`` may return an accuracy themselves. Selection uses the validation data only;
+    test data gives the last figure.
     steps: prune in so many steps, training (``fit``: options of ``prunekern.train.fit``) in between; with ``distil``
     among them the original is the teacher. schedule: how much each step takes, 'exponential' (equal ratios), 'linear'
     or 'cubic'. sparse: train the network before it is cut, so that channels come to do nothing: {'method':
@@ -91,10 +94,12 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     call = as_call(model, _example(model, example_inputs, (calibrate, train, validate, test), notes))
     tell("trace")
     groups = groups_of(model, call, policy=policy or (plan.policy if plan is not None else {}))
+    criterion, reconstruct = _recipe(criterion, reconstruct, calibrate, rewind)
     plan_options = {"criterion": criterion, "reduction": reduction, "normalisation": normalisation,
                     "direction": direction, "ranking": ranking,
                     "ignore": (ignore,) if isinstance(ignore, str) else tuple(ignore), "round_to": round_to,
-                    "calibrate": _batches(calibrate if calibrate is not None else train), "loss": loss, "seed": seed}
+                    "calibrate": _calibration(calibrate, train), "loss": loss, "seed": seed,
+                    **({"reconstruct": reconstruct} if reconstruct else {})}
     work = _Work(model, groups, plan_options, steps, schedule, train, validate,
                  _statistics(calibrate, train) if recalibrate else None,
                  _fit_options(fit or {}, loss, seed, model), Path(checkpoint) if checkpoint else None, tell)
@@ -169,7 +174,8 @@ class _Work:
     def planned(self, plan: Plan) -> schedule.Outcome:
         """One step, as a plan says."""
         self.tell("cut as planned")
-        pruned = apply_plan(self.model, None, plan, groups=self.groups, seed=self.options["seed"])
+        given = {name: self.options[name] for name in ("calibrate", "reconstruct", "seed") if name in self.options}
+        pruned = apply_plan(self.model, None, plan, groups=self.groups, **given)
         between = self._between(self.checkpoint)
         if between is not None:
             self.tell("train")
@@ -241,6 +247,21 @@ class _Work:
                               f"below the floor {floor:.4f}. Loosen one of them, or pass train= to fine-tune.")
         plan = outcome.plan.edited(target={**outcome.plan.target, **target.to_json()})
         return schedule.Outcome(outcome.model, plan, outcome.steps, outcome.notes)
+
+
+def _recipe(criterion: str | Criterion | None, reconstruct: bool | Mapping[str, Any] | None, calibrate: Any,
+            rewind: Any) -> tuple[str | Criterion, bool | Mapping[str, Any]]:
+    """What is asked for, else the best that the data allows. Raises InputError where they contradict."""
+    if reconstruct and rewind is not None:
+        raise InputError("rewind= puts the initial weights back, so there is nothing to reconstruct; drop one of them.")
+    if reconstruct is None:
+        reconstruct = criterion is None and calibrate is not None and rewind is None
+    return criterion or ("l2" if calibrate is None or rewind is not None else "obs"), reconstruct
+
+
+def _calibration(calibrate: Any, train: Any) -> Any:
+    data = calibrate if calibrate is not None else train
+    return data if isinstance(data, Tensor) else _batches(data)
 
 
 def _statistics(calibrate: Any, train: Any) -> Any:

@@ -81,6 +81,9 @@ EPOCHS = Annotated[int, typer.Option("--epochs", min=0, metavar="N", rich_help_p
 LR = Annotated[float, typer.Option("--lr", metavar="RATE", rich_help_panel=TRAINING, help="Learning rate.")]
 RECALIBRATE = Annotated[bool, typer.Option("--recalibrate", rich_help_panel=TRAINING, help="Estimate batch-norm "
                                            "statistics again after each step.")]
+RECONSTRUCT = Annotated[bool | None, typer.Option("--reconstruct/--no-reconstruct", rich_help_panel=TRAINING,
+                                                  help="Refit the weights that stay to what the network gave, on "
+                                                  "unlabelled images. On with --data, where no criterion is named.")]
 CHECKPOINT = Annotated[Path | None, typer.Option("--checkpoint", metavar="FOLDER",
                                                  help="Where to continue from after a kill.")]
 REMOVE = Annotated[list[str] | None, typer.Option("--remove", metavar="LAYER=I,J", rich_help_panel="Edits",
@@ -111,10 +114,11 @@ def add_to(app: typer.Typer) -> None:
 
 def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
              accuracy: ACCURACY = None, max_drop: MAX_DROP = None, plan: PLAN = None,
-             criterion: CRITERION = "l2", ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
+             criterion: CRITERION = None, ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
              attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
              steps: STEPS = 1, schedule: SCHEDULE = "exponential", fit: FIT = None, sparse: SPARSE = None,
              data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
+             reconstruct: RECONSTRUCT = None,
              input: INPUT = None, lower: LOWER = True, backend: BACKEND = "auto", time: TIME = False, out: OUT = None,
              checkpoint: CHECKPOINT = None, seed: SEED = 0, threads: THREADS = None, json: JSON = False,
              quiet: QUIET = False) -> None:
@@ -128,6 +132,8 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
     goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer, accuracy=accuracy, max_drop=max_drop)
     if data is None and (accuracy is not None or max_drop is not None or recalibrate):
         raise TargetError("--accuracy, --max-drop and --recalibrate need --data to measure on; add --data NAME.")
+    if data is None and reconstruct:
+        raise TargetError("--reconstruct needs --data: images to refit the weights on; add --data NAME.")
     if data is None and (fit or sparse):
         raise TargetError("--fit and --sparse say how to train, which needs --data; add --data NAME.")
     given = Plan.load(plan) if plan else None
@@ -146,7 +152,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
             round_to=round_to, policy=None if given is not None else Policy(attention, outputs, inexact), steps=steps,
             schedule=schedule, sparse=_settings("--sparse", sparse) or None,
             fit={"epochs": epochs, "lr": lr, "progress": say.live, **_settings("--fit", fit)},
-            recalibrate=recalibrate, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
+            recalibrate=recalibrate, reconstruct=reconstruct, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
             time=time, tell=tell, **parts)
         if out is not None:
             tell(f"save to {out}")
@@ -178,7 +184,7 @@ def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES 
     policy = Policy(attention, outputs, inexact) if given is None else given.policy
     groups = groups_of(loaded.model, need_example(loaded), policy=policy)
     if goal is not None:
-        given, _ = propose(groups, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
+        given, _ = propose(groups, goal, criterion=criterion or "l2", ranking=ranking, ignore=ignore or (),
                            round_to=round_to, seed=seed)
     if given is None or remove or keep:
         given = edit_plan(groups, given, remove=_channels("--remove", remove), keep=_channels("--keep", keep))

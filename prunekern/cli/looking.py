@@ -70,7 +70,7 @@ def sensitivity(target: TARGET, data: DATASET, layer: LAYERS = None, ratio: RATI
     sets = load_sets(data, say, seed, samples)
     assert sets is not None
     with say.stages() as tell:
-        found = measure(loaded.model, batches(*sets.validate, batch_size=250), criterion=criterion,
+        found = measure(loaded.model, batches(*sets.validate, batch_size=250), criterion=criterion or "l2",
                         ratios=tuple(ratio or RATIOS), families=tuple(layer or ("*",)), seed=seed, tell=tell)
     say.result(_sensitivity_report(type(loaded.model).__name__, found, len(sets.validate[1])), found.to_json())
 

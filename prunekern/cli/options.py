@@ -20,7 +20,7 @@ SEED = Annotated[int, typer.Option("--seed", metavar="N", help="Of everything th
 THREADS = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Threads of torch.")]
 BACKEND = Annotated[str, typer.Option("--backend", metavar="NAME", help="Who runs the lowered network: auto or "
                                                         f"{', '.join(b.name for b in BACKENDS)}.")]
-CRITERION = Annotated[str, typer.Option("--criterion", metavar="NAME", help="How important a channel is: "
+CRITERION = Annotated[str | None, typer.Option("--criterion", metavar="NAME", help="How important a channel is: "
                                         f"{', '.join(CRITERIA)}; several joined by + (l2+taylor); or dropnet: and one "
                                         f"of {', '.join(DROPNET)}.")]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]

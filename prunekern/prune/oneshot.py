@@ -23,6 +23,7 @@ from prunekern.prune.attributes import hard_coded, slice_class
 from prunekern.prune.importance import Criterion, score, settle
 from prunekern.prune.importance.names import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
+from prunekern.prune.reconstruct import reconstruct as rebuild_weights
 from prunekern.prune.rewrite import PrunedModule, rewrite
 from prunekern.prune.slice import choice_of, plan_of
 from prunekern.prune.target import Meter, Target, as_target, choose, ignored
@@ -36,7 +37,7 @@ class Pruned:
     """A smaller network and everything that led to it.
 
     model: an nn.Module, the user's class where that verifies, else a rewritten graph module (``proof.form``).
-    seconds: {'trace', 'label', 'plan', 'slice', 'rewrite', 'prove'}.
+    seconds: {'trace', 'label', 'plan', 'slice', 'rewrite', 'prove', 'reconstruct'}.
     """
 
     model: nn.Module
@@ -68,7 +69,8 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
           normalisation: Normalisation | None = None, direction: Direction | None = None,
           ranking: str | None = None, ignore: Sequence[str] = (), round_to: int = 1,
           policy: Asked = DEFAULT, calibrate: Any = None, loss: Callable[..., Tensor] | None = None,
-          groups: Groups | None = None, seed: int = 0, clock: Clock | None = None) -> Pruned:
+          reconstruct: bool | Mapping[str, Any] = False, groups: Groups | None = None, seed: int = 0,
+          clock: Clock | None = None) -> Pruned:
     """Shrink a network to a target and prove it equal to the masked original. The model is not modified.
 
     example_inputs: one batch as a tensor, tuple or dict. criterion: a name or a function (see
@@ -76,7 +78,9 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
     are made comparable. ranking: 'global' or 'layer'. All these: as the criterion brings it, where left out. ignore:
     globs of layers left alone. round_to: channels kept are multiples of it. policy: which kinds of channels are
     candidates (see ``groups_of``; groups have theirs).
-    calibrate: batches for criteria that look at activations or gradients. clock: told of each stage as it begins.
+    calibrate: batches for criteria that look at activations or gradients, and for ``reconstruct``: True, or options of
+    ``prunekern.prune.reconstruct.reconstruct``, refits the weights that stay, after the proof. clock: told of each
+    stage as it begins.
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
     """
@@ -90,7 +94,25 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
         plan, keep = propose(groups, target, criterion=criterion, reduction=reduction, normalisation=normalisation,
                              direction=direction, ranking=ranking, ignore=ignore, round_to=round_to,
                              calibrate=calibrate, loss=loss, seed=seed)
-    return cut(model, groups, keep, plan, clock=clock, seed=seed)
+    return refitted(cut(model, groups, keep, plan, clock=clock, seed=seed), calibrate, reconstruct, clock)
+
+
+def refitted(pruned: Pruned, calibrate: Any, options: bool | Mapping[str, Any], clock: Clock | None = None) -> Pruned:
+    """The weights that stay made to give what the original gives on the calibration data, in place (``reconstruct``).
+
+    options: False for nothing. Raises InputError without calibration data.
+    """
+    if options is False:
+        return pruned
+    if calibrate is None:
+        raise InputError("reconstruct needs calibration data: pass some unlabelled batches as calibrate=.")
+    given = options if isinstance(options, Mapping) else {}
+    clock = clock or Clock()
+    with clock("reconstruct"):
+        found = rebuild_weights(pruned.model, pruned.groups, pruned.keep, calibrate, **given)
+    said = f"weights refitted to the original's activations: {len(found.layers)} layers, {found.images} images"
+    return replace(pruned, notes=(*pruned.notes, said, *found.notes),
+                   seconds={**pruned.seconds, **clock.seconds})
 
 
 def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2", reduction: Reduction | None = None,
@@ -114,8 +136,10 @@ def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2"
 
 
 def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan | str | Path, *, groups: Groups | None = None,
-               seed: int = 0) -> Pruned:
+               calibrate: Any = None, reconstruct: bool | Mapping[str, Any] = False, seed: int = 0) -> Pruned:
     """Slice a model as a (possibly hand-edited) plan, or the file that holds one, says, and prove it.
+
+    calibrate, reconstruct: as in ``prune``.
 
     Raises PlanError where the plan belongs to another graph or contradicts itself.
     """
@@ -125,7 +149,7 @@ def apply_plan(model: nn.Module, example_inputs: Any, plan: Plan | str | Path, *
         groups = groups_of(model, example_inputs, policy=plan.policy)
     keep = choice_of(groups, plan)
     again = plan_of(groups, keep, costs=Meter(groups).change(keep), target=dict(plan.target), notes=plan.notes)
-    return cut(model, groups, keep, again, seed=seed)
+    return refitted(cut(model, groups, keep, again, seed=seed), calibrate, reconstruct)
 
 
 def cut(model: nn.Module, groups: Groups, keep: Tensor, plan: Plan, *, clock: Clock | None = None,

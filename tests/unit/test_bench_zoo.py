@@ -259,6 +259,17 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         zoo.Results(path, {}, resume=True)
 
 
+def test_results_name_no_folder_of_this_machine(tmp_path: Path) -> None:
+    results = zoo.Results(tmp_path / "z.json", {"commit": "a", "versions": {}, "date": "", "device": ""}, resume=False)
+    said = f'at /x/lib/site-packages/timm/a.py:3 in "{zoo.ROOT}/bench/zoo.py"'
+    results.add({"zoo": "own", "name": "n", "library": "prunekern", "status": "FAIL", "kind": "run", "reason": said,
+                 "facts": {"notes": [said]}, "seconds": {}})
+    text = (tmp_path / "z.json").read_text()
+    assert 'at timm/a.py:3 in \\"bench/zoo.py\\"' in text
+    assert "/x/lib" not in text
+    assert str(zoo.ROOT) not in text
+
+
 @pytest.mark.parametrize("wrong", [["--zoo", "nowhere"], ["--peer", "nobody"], ["--jobs", "0"], ["--again", "MAYBE"]])
 def test_wrong_arguments(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
