@@ -15,6 +15,7 @@ from prunekern.core.rule import argument, aten
 
 CONVOLUTIONS = {op: n for n in (1, 2, 3) for op in aten(f"conv{n}d")}
 LINEAR = aten("linear")
+BYTES = 1 << 28         # of inputs written out at a time
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Contraction:
             return torch.arange(total).expand(images, -1)
         return torch.rand(images, total, generator=generator).topk(each, 1).indices
 
+    def rows_of(self, output: tuple[int, ...], at: Tensor) -> Tensor:
+        """Which row of the batch each of those positions belongs to: [rows]."""
+        if not self.spatial:
+            return at // max(prod(output[1:-1]), 1) if len(output) > 1 else torch.zeros_like(at)
+        return torch.arange(at.shape[0]).repeat_interleave(at.shape[1])
+
     def inputs(self, x: Tensor, output: tuple[int, ...], at: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """What the weights meet at those positions: [rows, groups, inputs of a group], in the weight's order."""
         if not self.spatial:
@@ -76,6 +83,11 @@ class Contraction:
         found = found.unflatten(2, (at.shape[1], len(offsets))).transpose(1, 2)     # [images, each, channels, taps]
         rows: Tensor = found.reshape(at.numel(), self.groups, -1)
         return rows
+
+    def parts(self, at: Tensor, inputs: int) -> Iterator[Tensor]:
+        """The positions in parts of which ``inputs`` stay small; inputs: of the layer, over all groups."""
+        held = at.shape[0] if self.spatial else 1
+        yield from at.split(max(1, BYTES // (4 * max(inputs * held, 1))), -1)
 
     def outputs(self, y: Tensor, at: Tensor) -> Tensor:
         """An activation shaped like the output at those positions: [rows, channels]."""
@@ -126,47 +138,3 @@ def _made(graph: Graph, node: fx.Node, weight: str, bias: str | None) -> Contrac
 def _each(value: int | list[int], n: int) -> tuple[int, ...]:
     values = [value] if isinstance(value, int) else list(value)
     return tuple(values * n if len(values) == 1 else values)
-
-
-class Moments:
-    """Sums over rows, in fp64: of inputs, of targets, and of their products; for each group of a layer.
-
-    After ``add(x, t)``, x [rows, groups, k] and t [rows, groups, o]: ``inputs`` [groups, k, k] and ``cross``
-    [groups, k, o] are (centred) covariances, ``power`` [groups, o] variances of the targets.
-    """
-
-    def __init__(self, centred: bool = True) -> None:
-        self.rows, self.centred = 0, centred
-        self._sums: list[Tensor] = []
-
-    def add(self, x: Tensor, t: Tensor | None = None) -> None:
-        t = x[..., :0] if t is None else t
-        new = [part.double() for part in (x.sum(0), t.sum(0), *self._products(x, t), (t * t).sum(0))]
-        self._sums = [a.add_(b) for a, b in zip(self._sums, new, strict=True)] if self._sums else new
-        self.rows += len(x)
-
-    @staticmethod
-    def _products(x: Tensor, t: Tensor) -> Iterator[Tensor]:
-        wide = x.transpose(0, 1)                                   # [groups, rows, k]
-        yield wide.transpose(1, 2) @ wide
-        yield wide.transpose(1, 2) @ t.transpose(0, 1)
-
-    @property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Of inputs [groups, k] and of targets [groups, o]; zeros where nothing is centred."""
-        scale = self.rows if self.centred else float("inf")
-        return self._sums[0] / scale, self._sums[1] / scale
-
-    @property
-    def inputs(self) -> Tensor:
-        mean = self.means[0]
-        return self._sums[2] / self.rows - mean[:, :, None] * mean[:, None]
-
-    @property
-    def cross(self) -> Tensor:
-        x, t = self.means
-        return self._sums[3] / self.rows - x[:, :, None] * t[:, None]
-
-    @property
-    def power(self) -> Tensor:
-        return self._sums[4] / self.rows - self.means[1].square()

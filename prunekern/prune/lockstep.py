@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from prunekern.core.graph import pure
+from prunekern.core.graph import mutates, pure
 
 
 class Walker:
     """Runs the nodes of a graph in any order that respects its edges; every node has one value per batch.
 
     inputs: placeholder name -> its value in each batch. state: placeholder name -> the tensor it stands for.
-    ``keep`` holds on to a value until it is dropped. In-place operators run out of place: values are looked at later.
+    ``keep`` holds on to a value until it is dropped. In-place operators run out of place, since values are looked at
+    later: what they would have written through a view is lost (``outputs`` shows it).
     """
 
     def __init__(self, graph: fx.Graph, inputs: Mapping[str, Sequence[Any]], state: Mapping[str, Tensor]) -> None:
@@ -47,9 +48,24 @@ class Walker:
             self._next += 1
         return self._values[node]
 
+    def outputs(self) -> list[list[Any]]:
+        """What the network gives, flat, for every batch; nothing must have been run yet."""
+        *nodes, last = self.nodes
+        for arg in last.all_input_nodes:
+            self.keep(arg)
+        for node in nodes:
+            self.run(node)
+        found = [[self[leaf][batch] if isinstance(leaf, fx.Node) else leaf for leaf in last.args[0]]
+                 for batch in range(self.batches)]
+        self.run(last)
+        for arg in last.all_input_nodes:
+            self.drop(arg)
+        return found
+
     def run(self, node: fx.Node) -> None:
         if node.op != "output":
             self._values[node] = [self._value(node, batch) for batch in range(self.batches)]
+            self._free(node)
         for arg in node.all_input_nodes:
             self._left[arg] -= 1
             self._free(arg)
@@ -70,7 +86,10 @@ class Walker:
         if node.op == "call_module":
             return self._module.get_submodule(node.target)(*mapped[0], **mapped[1])
         target: Any = pure(node.target)
-        return target(*mapped[0], **mapped[1])
+        args = mapped[0]
+        if mutates(target) and args and isinstance(args[0], Tensor):      # it has no other form
+            args = (args[0].clone(), *args[1:])             # values of others are never written
+        return target(*args, **mapped[1])
 
 
 def ordered(nodes: Sequence[fx.Node], wanted: Mapping[fx.Node, Sequence[fx.Node]]) -> list[fx.Node]:

@@ -13,34 +13,41 @@ inputs (the asymmetric case), Zhang et al., "Accelerating Very Deep Convolutiona
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from prunekern.core.rule import argument, aten
+from prunekern.core.graph import Graph
+from prunekern.core.rule import argument
+from prunekern.errors import InputError
+from prunekern.graph.evaluate import same_dice
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
 from prunekern.ops import REGISTRY
-from prunekern.prune.contractions import Contraction, Moments, contractions
+from prunekern.prune.contractions import Contraction, contractions
 from prunekern.prune.importance.calibration import Data, calls
+from prunekern.prune.importance.passes import part, run, splits
+from prunekern.prune.landing import Norm, Way, at_least, norm_of, tensor_of, way_of
+from prunekern.prune.leastsquares import LeastSquares, Moments, Rows, fitted
 from prunekern.prune.lockstep import Walker, ordered
-from prunekern.prune.reference import remaining
-from prunekern.prune.rewrite import ORIGIN, FunctionalBatchNorm, rewrite
+from prunekern.prune.reference import difference, remaining
+from prunekern.prune.rewrite import ORIGIN, rewrite
 
 IMAGES, ROWS, RIDGE = 1024, 65536, 1e-3
 ROWS_PER_INPUT = 12     # of a layer with many inputs
-WIDEST = 8192           # inputs of a layer that are solved for at once
+WIDEST = 4608           # inputs of which all products are held; layers of more are solved for by their rows
+FEW = 4096              # of which so many are used
+HELD = 4                # every so many-th image is held back while the ridge is chosen
 MEMORY = 4e9            # bytes of activations held at a time
 FLAT = 1e-6             # of the largest scale: an output that a batch norm all but erases is left as it is
-ADD, PASSED = aten("add.Tensor", "add_.Tensor"), aten("dropout", "feature_dropout", "clone", "contiguous")
 
 
 @dataclass(frozen=True)
 class Refit:
-    """A layer's error where it lands, relative to the variance there: as sliced, and with the weights solved for."""
+    """A layer's mean squared error over what it was to give, relative to the variance of that: as sliced, and with
+    the weights solved for (the same where nothing was gained). Outputs count as the batch norms behind scale them."""
 
     layer: str
     before: float
@@ -60,51 +67,6 @@ class Reconstruction:
                           *(f"  {r.layer:<32} {r.before:9.2e} -> {r.after:9.2e}" for r in self.layers), *self.notes))
 
 
-@dataclass(frozen=True)
-class _Norm:
-    """A batch norm with fixed statistics: y = scale x + shift. own: nothing else uses its tensors."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor
-    var: Tensor
-    eps: float
-    own: bool
-
-    @property
-    def scale(self) -> Tensor:
-        return _double(self.weight, self.var, 1) / (self.var.double() + self.eps).sqrt()
-
-    @property
-    def shift(self) -> Tensor:
-        return _double(self.bias, self.mean, 0) - self.mean.double() * self.scale
-
-
-def _double(tensor: Tensor | None, like: Tensor, value: float) -> Tensor:
-    return torch.full_like(like, value, dtype=torch.float64) if tensor is None else tensor.detach().double()
-
-
-@dataclass(frozen=True)
-class _Way:
-    """From a layer to where it lands: (node after it, batch norm or the other side of an addition), in order."""
-
-    layer: fx.Node
-    parts: tuple[tuple[fx.Node, _Norm | fx.Node], ...]
-
-    @property
-    def landing(self) -> fx.Node:
-        return self.parts[-1][0] if self.parts else self.layer
-
-    @property
-    def others(self) -> tuple[fx.Node, ...]:
-        return tuple(part for _, part in self.parts if isinstance(part, fx.Node))
-
-    @property
-    def norm(self) -> _Norm | None:
-        """The one that can take a bias for a layer which has none."""
-        return next((part for _, part in self.parts if isinstance(part, _Norm) and part.own), None)
-
-
 def reconstruct(model: nn.Module, groups: Groups, keep: Tensor, batches: Data, *, images: int = IMAGES,
                 rows: int = ROWS, ridge: float = RIDGE, memory: float = MEMORY, seed: int = 0,
                 tell: Callable[[str], None] = lambda _: None) -> Reconstruction:
@@ -113,37 +75,68 @@ def reconstruct(model: nn.Module, groups: Groups, keep: Tensor, batches: Data, *
     model: what ``prune`` made of the network that ``groups`` was found on, with ``keep`` [groups]; the dense network
     itself is not touched. batches: unlabelled inputs (labels are ignored), of which ``images`` rows are used, or as
     many as ``memory`` bytes of activations allow. rows: output positions that each layer is fitted on, more where a
-    layer has many inputs. ridge: how much of the mean input variance is added to each, which draws the solution
-    towards the sliced weights. Batch-norm statistics become those of the refitted layer, the function staying the same.
+    layer has many inputs (but ``FEW`` above ``WIDEST`` inputs). ridge: how much of the mean input variance is added to
+    each, which draws the solution towards the sliced weights. Batch-norm statistics become those of what the norms
+    now read, the function staying the same. An output of a layer whose error would not fall keeps its weights.
 
     Layers whose weight is shared, computed, or not a convolution's or linear layer's stay as they are, but are run.
-    Raises InputError where the data does not fit.
+    Networks that write through views are left alone, with a note. Raises InputError where the data or the options do
+    not fit.
     """
+    _check(images, rows, ridge, memory)
     form = rewrite(groups.labels, keep, model, REGISTRY, layers=False)
     form.eval()
-    given, notes = _inputs(groups, batches, images, memory)
-    work = _Work(groups, keep, form, given, rows, ridge, torch.Generator().manual_seed(seed))
-    layers = []
-    with torch.no_grad():
+    given, notes = _inputs(groups.graph, batches, images, memory)
+    with torch.no_grad(), same_dice():
+        if not _walks(groups.graph, given[0]):
+            return Reconstruction((), 0, (*notes, "reconstruction left the weights alone: the forward writes into parts"
+                                          " of tensors, which cannot be followed layer by layer"))
+        work = _Work(groups, keep, form, given, rows, ridge, torch.Generator().manual_seed(seed))
+        layers = []
         for number, node in enumerate(work.order):
             if node in work.ways:
                 tell(f"refit {number}/{len(work.order)}: {work.layers[node].weight}")
                 refit = work.refit(node)
                 layers += [refit] if refit is not None else []
+            elif (norm := norm_of(form, node)) is not None:
+                norm.restate(work.pruned[node.args[0]])  # type: ignore[index]
             work.pruned.run(node)
     return Reconstruction(tuple(layers), sum(call.batch or 1 for call in given), notes)
 
 
-def _inputs(groups: Groups, batches: Data, images: int, memory: float) -> tuple[list[Call], tuple[str, ...]]:
+def _check(images: int, rows: int, ridge: float, memory: float) -> None:
+    for name, value in (("images", images), ("rows", rows), ("memory", memory)):
+        if not value >= 1:
+            raise InputError(f"reconstruct: {name} is {value!r}; it must be at least 1.")
+    if not 0 <= ridge < float("inf"):
+        raise InputError(f"reconstruct: ridge is {ridge!r}; it is a share of the mean input variance, such as {RIDGE}.")
+
+
+def _walks(graph: Graph, call: Call) -> bool:
+    """Whether the network is the same with its in-place operators taken out of place: not if they write to views."""
+    small = part(call, None, 0, 2)[0] if graph.free_batch and splits(call) else call
+    leaves = pytree.tree_leaves((small.args, dict(small.kwargs)))
+    walker = Walker(graph.fx, {name: [leaf] for name, leaf in zip(graph.inputs, leaves, strict=True)}, _state(graph))
+    with same_dice():
+        walked = walker.outputs()[0]
+    with same_dice():
+        outputs = run(graph, graph.tensors, small, 0)
+    return difference(walked, outputs) < 1e-5
+
+
+def _state(graph: Graph) -> dict[str, Tensor]:
+    return {name: graph.tensors[fqn].detach() for name, fqn in graph.state.items()}
+
+
+def _inputs(graph: Graph, batches: Data, images: int, memory: float) -> tuple[list[Call], tuple[str, ...]]:
     """As many batches as asked for and as memory holds."""
-    fits = max(1, int(memory / max(_peak(groups), 1)))
+    fits = max(1, int(memory / max(_peak(graph), 1)))
     wanted, found, seen = min(images, fits), list[Call](), 0
-    for call, _ in calls(groups.graph, batches):
-        rows = call.batch or 1
-        if seen + rows > wanted and groups.graph.free_batch and call.batch:
-            call, rows = call.resized(max(wanted - seen, 1)), max(wanted - seen, 1)
+    for call, _ in calls(graph, batches):
+        if seen + (call.batch or 1) > wanted and graph.free_batch and splits(call):
+            call = part(call, None, 0, wanted - seen)[0]
         found.append(call)
-        seen += rows
+        seen += call.batch or 1
         if seen >= wanted:
             break
     short = seen >= fits and fits < images
@@ -151,15 +144,15 @@ def _inputs(groups: Groups, batches: Data, images: int, memory: float) -> tuple[
                    ) if short else ()
 
 
-def _peak(groups: Groups) -> int:
+def _peak(graph: Graph) -> int:
     """Bytes of activations alive at once for one row, of the dense and the pruned network, roughly."""
-    graph = groups.graph
+    element = max((t.element_size() for t in graph.tensors.values() if t.is_floating_point()), default=4)
     last = {arg: node for node in graph.nodes for arg in node.all_input_nodes}
     alive = worst = 0
     sizes: dict[fx.Node, int] = {}
     for node in graph.nodes:
         if node.op == "call_function" and graph.is_tensor(node):
-            sizes[node] = 4 * int(torch.Size(graph.shape(node)).numel()) // max(graph.batch, 1)
+            sizes[node] = element * int(torch.Size(graph.shape(node)).numel()) // max(graph.batch, 1)
             alive += sizes[node]
             worst = max(worst, alive)
         for arg in node.all_input_nodes:
@@ -177,27 +170,22 @@ class _Work:
         self.groups, self.keep, self.rows, self.ridge, self.generator = groups, keep, rows, ridge, generator
         leaves = [pytree.tree_leaves((call.args, dict(call.kwargs))) for call in given]
         columns = list(zip(*leaves, strict=True))
-        state = {name: graph.tensors[fqn].detach() for name, fqn in graph.state.items()}
-        self.dense = Walker(graph.fx, dict(zip(graph.inputs, columns, strict=True)), state)
+        self.dense = Walker(graph.fx, dict(zip(graph.inputs, columns, strict=True)), _state(graph))
         names = [node.name for node in form.graph.nodes if node.op == "placeholder"]
         self.pruned = Walker(form.graph, dict(zip(names, columns, strict=True)), {})
         self.original = {node.name: node for node in graph.nodes}
         made = contractions(graph)
-        self.layers = {node: made[origin] for node in form.graph.nodes
+        self.layers = {node: replace(made[origin], groups=argument(node, 6, "groups", 1) if made[origin].spatial else 1)
+                       for node in form.graph.nodes
                        if (origin := self.original.get(node.meta.get(ORIGIN, ""))) in made}
         self.form = form
-        ways = {node: _way(form, node) for node in self.layers}
+        shapes = {node.name: graph.dims.get(node.meta.get(ORIGIN, "")) for node in form.graph.nodes}
+        ways = {node: way_of(form, node, shapes) for node in self.layers}
         self.order = ordered(tuple(form.graph.nodes), {node: way.others for node, way in ways.items()})
-        self.ways = {node: self._reachable(way) for node, way in ways.items()}
+        rank = {node: i for i, node in enumerate(self.order)}
+        self.ways = {node: way.known(rank) for node, way in ways.items()}
         for way in self.ways.values():
             self.dense.keep(self._twin(way.landing))
-
-    def _reachable(self, way: _Way) -> _Way:
-        """The way up to the first addition whose other side is only known later."""
-        rank = {n: i for i, n in enumerate(self.order)}
-        late = next((i for i, (_, part) in enumerate(way.parts)
-                     if isinstance(part, fx.Node) and rank[part] > rank[way.layer]), len(way.parts))
-        return _Way(way.layer, way.parts[:late])
 
     def _twin(self, node: fx.Node) -> fx.Node:
         return self.original[node.meta[ORIGIN]]
@@ -207,101 +195,81 @@ class _Work:
         layer, way = self.layers[node], self.ways[node]
         twin = self._twin(way.landing)
         targets = self.dense.reach(twin)
-        weight, bias = (_tensor(self.form, argument(node, i, name)) for i, name in ((1, "weight"), (2, "bias")))
+        weight, bias = (tensor_of(self.form, argument(node, i, name)) for i, name in ((1, "weight"), (2, "bias")))
         found = None
-        if weight is not None and weight.is_floating_point() and 0 < weight[0].numel() <= WIDEST:
-            moments, usable = self._moments(layer, way, targets, weight, bias is not None or way.norm is not None)
-            found = _solve(layer.weight, way.norm, weight, bias, moments, usable, self.ridge)
+        if weight is not None and weight.is_floating_point() and weight.numel():
+            centred = bias is not None or way.taker is not None
+            seen, held = self._look(layer, way, targets, weight, centred)
+            found = _solve(layer.weight, way, weight, bias, seen, held, self.ridge)
         self.dense.drop(twin)
         return found
 
-    def _moments(self, layer: Contraction, way: _Way, targets: list[Tensor], weight: Tensor,
-                 centred: bool) -> tuple[Moments, Tensor]:
-        """Rows of what the layer reads and of what it should give, and which outputs norms leave to be seen."""
-        usable = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-        for _, part in way.parts:
-            if isinstance(part, _Norm):
-                usable &= part.scale.abs() > FLAT * part.scale.abs().max()
-        moments, twin = Moments(centred), self._twin(way.landing)
-        inputs: list[Tensor] = self.pruned[way.layer.args[0]]  # type: ignore[index]
-        rows = -(-max(self.rows, ROWS_PER_INPUT * weight[0].numel()) // len(inputs))
-        for batch, (x, target) in enumerate(zip(inputs, targets, strict=True)):
-            wanted = remaining(self.groups.labels, twin, target, self.keep)
-            shape = tuple(wanted.shape)
-            at = layer.positions(shape, rows, self.generator)
-            aim = layer.outputs(wanted, at).double()
-            for _, part in reversed(way.parts):
-                if isinstance(part, _Norm):
-                    aim = (aim - part.shift) / torch.where(usable, part.scale, 1)
-                else:
-                    aim = aim - layer.outputs(self.pruned[part][batch].expand(shape), at)
-            read = layer.inputs(x, shape, at, tuple(weight.shape[2:]))
-            moments.add(read, aim.to(read.dtype).unflatten(1, (layer.groups, -1)))
-        return moments, usable
+    def _look(self, layer: Contraction, way: Way, targets: list[Tensor], weight: Tensor,
+              centred: bool) -> tuple[LeastSquares, LeastSquares]:
+        """Rows of what the layer reads and of what it should give, and those of every fourth image, held back."""
+        inputs, width = self.pruned[way.layer.args[0]], weight[0].numel()  # type: ignore[index]
+        shapes = [layer.output(tuple(x.shape), tuple(weight.shape)) for x in inputs]
+        rows = -(-(FEW if width > WIDEST else max(self.rows, ROWS_PER_INPUT * width)) // len(inputs))
+        positions = [layer.positions(shape, rows, self.generator) for shape in shapes]
+        few = width > WIDEST or sum(at.numel() for at in positions) <= width
+        seen, held = (Rows(centred), Rows(centred)) if few else (Moments(centred), Moments(centred))
+        usable, images = _usable(way, weight), 0
+        for batch, (x, target, shape) in enumerate(zip(inputs, targets, shapes, strict=True)):
+            wanted = remaining(self.groups.labels, self._twin(way.landing), target, self.keep)
+            for at in layer.parts(positions[batch], width * layer.groups):
+                aim = layer.outputs(wanted, at).double()
+                for _, step in reversed(way.parts):
+                    if isinstance(step, Norm):
+                        aim = (aim - step.shift) / torch.where(usable, step.scale, 1)
+                    else:
+                        aim = aim - layer.outputs(self.pruned[step][batch].expand(shape), at)
+                read = layer.inputs(x, shape, at, tuple(weight.shape[2:]))
+                aim = aim.to(at_least(read.dtype)).unflatten(1, (layer.groups, -1))
+                back = ((layer.rows_of(shape, at) + images) % HELD == HELD - 1).to(read.device)
+                for rows_of, mine in ((seen, ~back), (held, back)):
+                    rows_of.add(read[mine], aim[mine])
+            images += shape[0]
+        return seen, held
 
 
-def _solve(name: str, norm: _Norm | None, weight: Tensor, bias: Tensor | None, moments: Moments, usable: Tensor,
+def _usable(way: Way, weight: Tensor) -> Tensor:
+    """Which outputs [o] can be told from what comes out of the norms behind."""
+    usable = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+    for norm in way.norms:
+        usable &= norm.scale.abs() > FLAT * norm.scale.abs().max()
+    return usable
+
+
+def _solve(name: str, way: Way, weight: Tensor, bias: Tensor | None, seen: LeastSquares, held: LeastSquares,
            ridge: float) -> Refit:
-    """min_W E |W x + b - t|^2 + ridge mean(var x) |W - W0|^2, in closed form; written into the layer's tensors."""
-    old = weight.detach().double().reshape(len(moments.inputs), -1, weight[0].numel()).transpose(1, 2)
-    spread, cross, power = moments.inputs, moments.cross, moments.power
-    eye = torch.eye(spread.shape[-1], dtype=torch.float64, device=spread.device)
-    lift = ridge * spread.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)[:, None, None]
-    new = torch.linalg.solve(spread + lift * eye, cross + lift * old)
-    new = torch.where(usable.view(len(new), 1, -1), new, old)
-    mean_x, mean_t = moments.means
-    flat = new.transpose(1, 2).reshape(weight.shape)
-    drawn = (mean_x[:, None] @ new)[:, 0].flatten()                 # what the new weights give on average
-    shift = torch.where(usable, mean_t.flatten() - drawn, 0)
+    """Write the weights and the bias that fit best into the layer, for every output that gains by it."""
+    groups = len((seen if seen.rows else held).means[1])
 
-    def error(w: Tensor) -> float:
-        left = (w * (spread @ w)).sum(1) - 2 * (w * cross).sum(1) + power
-        return float(left.flatten()[usable].clamp(min=0).sum() / power.flatten()[usable].sum().clamp(min=1e-30))
-    before, after = error(old), error(new)
-    if not after < before:                                          # nothing gained: rounding, or nothing was lost
-        return Refit(name, before, before)
-    weight.copy_(flat)
+    def spread(values: Tensor) -> Tensor:                           # [o] -> [groups, o of a group]
+        return values.reshape(groups, -1)
+
+    def rows(flat: Tensor) -> Tensor:                               # [o, ...] -> [groups, k, o of a group]
+        return flat.double().reshape(groups, -1, weight[0].numel()).transpose(1, 2)
+    usable = spread(_usable(way, weight))
+    share = usable.double()
+    for norm in way.norms:
+        share = share * spread(norm.scale.square())
+    old = rows(weight.detach())
+    seen, found = fitted(seen, held, old, ridge, lambda errors: float((errors * share).sum()))
+    flat = found.transpose(1, 2).reshape(weight.shape).to(weight.dtype)
+    new, (mean_x, mean_t) = rows(flat), seen.means                  # as it was rounded
+    now = torch.zeros_like(mean_t) if bias is None else spread(bias.double())
+    best = mean_t - (mean_x[:, None] @ new)[:, 0]
+    kept = best if bias is None else spread(best.flatten().to(bias.dtype).double())
+    before = seen.left(old) + (mean_t - (mean_x[:, None] @ old)[:, 0] - now).square()
+    after = seen.left(new) + (best - kept).square()
+    better = usable & (after < before)                              # not where it is no number
+    whole = float((seen.power * share).sum().clamp(min=1e-30))
+    errors = [float((error * share).sum()) / whole for error in (before, torch.where(better, after, before))]
+    mine = better.flatten()
+    weight.copy_(torch.where(mine.view(-1, *[1] * (weight.dim() - 1)), flat, weight))
     if bias is not None:
-        bias.copy_(torch.where(usable, shift, bias.double()))
-    elif norm is not None:
-        norm.mean.sub_(shift)
-    return Refit(name, before, after)
-
-
-def _way(form: fx.GraphModule, layer: fx.Node) -> _Way:
-    """Follow a layer's output through batch norms and additions, as long as nothing else reads it."""
-    parts: list[tuple[fx.Node, _Norm | fx.Node]] = []
-    node = layer
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user.target in ADD and not user.kwargs and len(user.args) == 2:
-            sides = [arg for arg in user.args if arg is not node]
-            if len(sides) != 1 or not isinstance(sides[0], fx.Node):
-                break
-            parts.append((user, sides[0]))
-        elif user.op == "call_module" and (norm := _norm(form, user, node)) is not None:
-            parts.append((user, norm))
-        elif user.target not in PASSED or user.args[0] is not node:
-            break
-        node = user
-    return _Way(layer, tuple(parts))
-
-
-def _norm(form: fx.GraphModule, node: fx.Node, read: fx.Node) -> _Norm | None:
-    module = form.get_submodule(str(node.target))
-    if not isinstance(module, FunctionalBatchNorm) or node.args[0] is not read:
-        return None
-    states = [arg if isinstance(arg, fx.Node) else None for arg in node.args[1:5]]
-    weight, bias, mean, var = (_tensor(form, arg) for arg in states)
-    if mean is None or var is None:
-        return None
-    return _Norm(weight, bias, mean, var, module.eps, all(arg is None or len(arg.users) == 1 for arg in states))
-
-
-def _tensor(form: fx.GraphModule, arg: Any) -> Tensor | None:
-    """The tensor that a get_attr node stands for."""
-    if not isinstance(arg, fx.Node) or arg.op != "get_attr":
-        return None
-    path, _, name = str(arg.target).rpartition(".")
-    found = getattr(form.get_submodule(path), name)
-    return found if isinstance(found, Tensor) else None
+        bias.copy_(torch.where(mine, kept.flatten(), bias.double()))
+    elif seen.centred and way.taker is not None:
+        way.taker.mean.sub_(torch.where(mine, best.flatten(), 0))
+    return Refit(name, *errors)

@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from prunekern.graph.labels import Labels
-from prunekern.prune.contractions import Contraction, Moments, contractions
+from prunekern.prune.contractions import Contraction, contractions
 from prunekern.prune.importance.curvature import gated
 from prunekern.prune.importance.evidence import Evidence
 from prunekern.prune.importance.passes import differentiable, output_of, part, run, splits
+from prunekern.prune.leastsquares import Moments
 
 IMAGES, DRAWN = 1024, 256       # rows for moments; rows for curvature, which cost a backward each
 ROWS = 65536                    # output positions that moments are taken over
