@@ -142,6 +142,7 @@ PLANTED: dict[str, Callable[[Any, Any, Tensor], None]] = {
     "l1": _small_everywhere, "l2": _small_everywhere, "lamp": _small_everywhere, "bn_scale": _small_scale,
     "taylor": _unread, "fisher": _unread, "obd": _unread, "fpgm": _replaceable, "activation": _quiet,
     "apoz": _rarely_on, "cosine": _copied_filters, "cosine_activation": _copied_signals, "hrank": _flat, "chip": _alike,
+    "obs": _unread,
 }  # fmt: skip
 
 

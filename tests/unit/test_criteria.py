@@ -37,7 +37,7 @@ from prunekern.prune.importance.ensemble import ranks
 from prunekern.prune.importance.lamp import shares
 from tests.planted import CLASSES, SHAPE, Planted, data, grouped, lively
 
-CALIBRATED = ("fisher", "obd", "hrank", "chip", "cosine_activation")
+CALIBRATED = ("fisher", "obd", "obs", "hrank", "chip", "cosine_activation")
 
 
 # ---- one network with a channel of every kind --------------------------------------------------------------
@@ -48,6 +48,7 @@ PAIRS = {
     "bn_scale": (CONSTANT, PLAIN), "taylor": (UNREAD, PLAIN), "fisher": (UNREAD, PLAIN), "obd": (UNREAD, PLAIN),
     "activation": (DEAD, CONSTANT), "apoz": (DEAD, CONSTANT), "hrank": (CONSTANT, PLAIN), "chip": (CONSTANT, COPY),
     "cosine": (COPY, PLAIN), "cosine_activation": (COPY, PLAIN),
+    "obs": (UNREAD, PLAIN),
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from prunekern.prune.importance.readers import Reader, look, readers
 from prunekern.prune.target import Meter
 
 POWER = 0.75        # of a cost, before it is divided by MACs; see ``obs``
-STEPS = 96          # in which a cluster is taken apart, at most
+STEPS = 96          # in which a cluster is taken apart; more where those that would leave together need each other
+TOGETHER = 1.5      # times the sum of their costs is too much for several that leave together
 
 
 @brings(reduction="sum", normalisation="none", ranking="global")
@@ -41,10 +42,10 @@ def obs(evidence: Evidence) -> Iterator[Contribution]:
     Raises InputError without calibration data.
     """
     groups = evidence.groups
-    layers, seen = look(evidence)
+    layers, slices, seen = look(evidence)
     saved = _saved(groups)
     costs = torch.full((groups.labels.groups,), torch.nan, dtype=torch.float64)
-    everyone = readers(groups.labels, layers, seen)
+    everyone = readers(groups.labels, layers, slices, seen)
     prunable = torch.zeros(groups.labels.groups, dtype=torch.bool)
     for family in groups:
         prunable[family.groups] = True
@@ -103,6 +104,10 @@ def _taken_apart(costs: Tensor, ids: Tensor, cluster: list[Reader], saved: Tenso
         left = alive.nonzero()[:, 0]
         price = total[left] * count[left] / saved[left]
         order = price.argsort(stable=True)[:step]
+        slack = 1e-9 * float(total[left].max())
+        while len(order) > 1 and (sum(reader.joint(left[order]) for reader in cluster)
+                                  > TOGETHER * float(total[left[order]].clamp(min=0).sum()) + slack):
+            order = order[:len(order) // 2]                 # some of them stand in for one another
         gone, priced = left[order], price[order].clamp(min=worst)
         worst = float(priced[-1])
         costs[gone] = priced * saved[gone]
