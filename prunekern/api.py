@@ -30,13 +30,14 @@ from prunekern.prune.recalibrate import recalibrate as recalibrate_norms
 from prunekern.prune.rewind import dropnet
 from prunekern.prune.target import SHARES, Target, as_target
 from prunekern.result import Result
-from prunekern.search import Trial, smallest
+from prunekern.search import LatencyPlanner, Trial, smallest
 from prunekern.summary import summarise
 from prunekern.train.sparsify import chooses, sparsify
 
 Tell = Callable[[str], None]
 EXAMPLE_ROWS = 8        # of a loader's first batch: enough to trace and verify on
 FIT = {"epochs": 1, "lr": 0.01}
+COSTS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 def compress(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
@@ -53,7 +54,8 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
 
     model: an nn.Module in eval mode; never modified. example_inputs: one batch (tensor, tuple or dict); taken
     from a loader, or inferred from an unambiguous first layer, where left out. target: what remains (default:
-    half of the MACs); shares may be combined, ``accuracy`` and ``max_drop`` need ``validate``.
+    half of the MACs); shares may be combined, ``accuracy`` and ``max_drop`` need ``validate``; ``latency`` is measured
+    on lowered networks, at the batch of the example inputs (``prunekern.search.latency``).
     criterion: left out, it is 'l2', or, with calibrate=, 'obs' together with reconstruct=True, which keeps far more
     accuracy. Its reduction, normalisation and direction: see ``prunekern.prune.importance.score``; ranking: 'global'
     or 'layer'. Left out, these are what the criterion brings. ignore: globs of layers left alone. round_to: channels
@@ -100,6 +102,9 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
                     "ignore": (ignore,) if isinstance(ignore, str) else tuple(ignore), "round_to": round_to,
                     "calibrate": _calibration(calibrate, train), "loss": loss, "seed": seed,
                     **({"reconstruct": reconstruct} if reconstruct else {})}
+    planner = _planner(model, call, target, backend, checkpoint, tell)
+    if planner is not None:
+        plan_options["planner"] = planner
     work = _Work(model, groups, plan_options, steps, schedule, train, validate,
                  _statistics(calibrate, train) if recalibrate else None,
                  _fit_options(fit or {}, loss, seed, model), Path(checkpoint) if checkpoint else None, tell)
@@ -114,11 +119,20 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
             metrics[f"{name} accuracy, original"] = _accuracy(model, data)
             metrics[f"{name} accuracy, compressed"] = _accuracy(outcome.model, data)
     lowered = _lowered(outcome.model, call, backend, tell) if lower else None
+    if planner is not None:
+        metrics |= planner.figures(lowered)
     all_notes = tuple(dict.fromkeys((*notes, *outcome.notes)))
     speedup = _speedup(model, lowered, call, backend, tell) if time and lowered is not None else None
     report = summarise(model, groups, outcome.plan, outcome.steps, lowered, metrics, all_notes, speedup=speedup)
     return Result(outcome.model, outcome.plan, outcome.steps[-1].proof.form, outcome.steps, call, report, lowered,
                   all_notes, metrics)
+
+
+def _planner(model: nn.Module, call: Call, target: Target, backend: str, checkpoint: str | Path | None,
+             tell: Tell) -> LatencyPlanner | None:
+    if not target.timed:
+        return None
+    return LatencyPlanner(model, call, backend=backend, on=target.on, checkpoint=checkpoint, tell=tell)
 
 
 def _lowered(model: nn.Module, call: Call, backend: str, tell: Tell) -> Lowered:
@@ -225,15 +239,19 @@ class _Work:
         if target.shares or target.layers or target.one:
             return self._bounded(target, floor)
 
+        what = target.minimise or "macs"
+
         def make(share: float) -> Trial[schedule.Outcome]:
-            self.tell(f"try {share:.3f} of the MACs")
-            folder = self.checkpoint / f"share-{share:.5f}" if self.checkpoint else None
-            outcome = self.run(Target(macs=share), folder)
+            self.tell(f"try {share:.3f} of the {COSTS[what]}")
+            folder = self.checkpoint / f"{'' if what == 'macs' else what + '-'}share-{share:.5f}" \
+                if self.checkpoint else None
+            asked: dict[str, Any] = {what: share, "on": target.on}
+            outcome = self.run(Target(**asked), folder)
             return Trial(share, _accuracy(outcome.model, self.validate), outcome)
-        best, trials = smallest(make, floor, dense=dense)
+        best, trials = smallest(make, floor, dense=dense, of=COSTS[what])
         tried = ", ".join(f"{t.share:.3f}: {t.accuracy:.4f}" for t in trials)
         outcome = best.result
-        said = f"accuracy floor {floor:.4f}: the share of MACs was bisected (share: accuracy) {tried}"
+        said = f"accuracy floor {floor:.4f}: the share of {COSTS[what]} was bisected (share: accuracy) {tried}"
         plan = outcome.plan.edited(target={**outcome.plan.target, **target.to_json()})
         return schedule.Outcome(outcome.model, plan, outcome.steps, (*outcome.notes, said))
 

@@ -112,6 +112,10 @@ def summarise(model: nn.Module, groups: Groups, plan: Plan, steps: Sequence[Step
                 for what, (before, after) in plan.costs.items() if before]
     headline += [Figure(name, value, "fraction") for name, value in metrics.items()
                  if isinstance(value, float) and "accuracy" in name]
+    if "latency, share" in metrics:
+        headline.append(Figure("latency left", metrics["latency, share"], "fraction",
+                               f"lowered: {metrics['latency, original (µs)']:.4g} to "
+                               f"{metrics['latency, compressed (µs)']:.4g} µs"))
     headline += [speedup_figure(speedup)] if speedup is not None else []
     checks = proof_checks(steps[-1].proof) if steps else {}
     tables = [Table("Pruning steps", ("step", "MACs", "params", "measured"), tuple(

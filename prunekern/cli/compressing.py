@@ -44,6 +44,14 @@ PARAMS = Annotated[float | None, typer.Option("--params", metavar="SHARE", rich_
                                               help="Of the parameters at most this share.")]
 BYTES = Annotated[float | None, typer.Option("--bytes", metavar="SHARE", rich_help_panel=WHAT,
                                              help="Of the bytes of parameters and buffers at most this share.")]
+LATENCY = Annotated[float | None, typer.Option(
+    "--latency", metavar="SHARE", rich_help_panel=WHAT, help="Of the lowered original's time at most this share, "
+    "measured at the batch of --input.")]
+ON = Annotated[str | None, typer.Option("--on", metavar="DEVICE", rich_help_panel=WHAT,
+                                        help="Where to measure latency: cpu or cuda:0.")]
+MINIMISED = Annotated[str | None, typer.Option(
+    "--minimise", metavar="COST", rich_help_panel=WHAT, help="What --accuracy or --max-drop make smallest: macs, "
+    "params or latency.")]
 LAYER = Annotated[list[str] | None, typer.Option("--layer", metavar="GLOB=SHARE", rich_help_panel=WHAT,
                                                  help="Of these layers' channels this share; repeatable.")]
 ACCURACY = Annotated[float | None, typer.Option(
@@ -105,6 +113,7 @@ def add_to(app: typer.Typer) -> None:
         "prunekern compress models:net --data fashion-mnist --max-drop 1 --epochs 2",
         "prunekern compress models:net --layer 'stage3.*=0.25' --ignore 'stage1.*' --round-to 8",
         "prunekern compress models:net --data cifar10 --macs 0.3 --steps 5 --schedule cubic --fit distil=true",
+        "prunekern compress models:net --input 8x3x32x32 --latency 0.5 --threads 1",
         "prunekern compress models:net --plan plan.json --out small"))(compress)
     app.command(epilog=examples(
         "prunekern plan models:net --macs 0.5 --out plan.json",
@@ -113,7 +122,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
-             accuracy: ACCURACY = None, max_drop: MAX_DROP = None, plan: PLAN = None,
+             latency: LATENCY = None, on: ON = None, accuracy: ACCURACY = None, max_drop: MAX_DROP = None,
+             minimise: MINIMISED = None, plan: PLAN = None,
              criterion: CRITERION = None, ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
              attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
              steps: STEPS = 1, schedule: SCHEDULE = "exponential", fit: FIT = None, sparse: SPARSE = None,
@@ -129,7 +139,8 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
     With --data the network is trained after each step, and measured on validation and test images.
     """
     say = Out(json, quiet)
-    goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer, accuracy=accuracy, max_drop=max_drop)
+    goal = _goal(macs=macs, params=params, bytes=bytes, layer=layer, accuracy=accuracy, max_drop=max_drop,
+                 latency=latency, on=on, minimise=minimise)
     if data is None and (accuracy is not None or max_drop is not None or recalibrate):
         raise TargetError("--accuracy, --max-drop and --recalibrate need --data to measure on; add --data NAME.")
     if data is None and reconstruct:
@@ -152,8 +163,8 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
             round_to=round_to, policy=None if given is not None else Policy(attention, outputs, inexact), steps=steps,
             schedule=schedule, sparse=_settings("--sparse", sparse) or None,
             fit={"epochs": epochs, "lr": lr, "progress": say.live, **_settings("--fit", fit)},
-            recalibrate=recalibrate, reconstruct=reconstruct, plan=given, lower=lower, backend=backend, checkpoint=checkpoint, seed=seed,
-            time=time, tell=tell, **parts)
+            recalibrate=recalibrate, reconstruct=reconstruct, plan=given, lower=lower, backend=backend,
+            checkpoint=checkpoint, seed=seed, time=time, tell=tell, **parts)
         if out is not None:
             tell(f"save to {out}")
             result.save(out)

@@ -26,7 +26,7 @@ from prunekern.prune.prove import Proof, prove
 from prunekern.prune.reconstruct import reconstruct as rebuild_weights
 from prunekern.prune.rewrite import PrunedModule, rewrite
 from prunekern.prune.slice import choice_of, plan_of
-from prunekern.prune.target import Meter, Target, as_target, choose, ignored
+from prunekern.prune.target import Chooser, Meter, Target, as_target, choose, ignored
 from prunekern.prune.units import make_units
 
 LINES = 5          # of hard-coded sizes that a note quotes
@@ -70,7 +70,7 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
           ranking: str | None = None, ignore: Sequence[str] = (), round_to: int = 1,
           policy: Asked = DEFAULT, calibrate: Any = None, loss: Callable[..., Tensor] | None = None,
           reconstruct: bool | Mapping[str, Any] = False, groups: Groups | None = None, seed: int = 0,
-          clock: Clock | None = None) -> Pruned:
+          planner: Chooser = choose, clock: Clock | None = None) -> Pruned:
     """Shrink a network to a target and prove it equal to the masked original. The model is not modified.
 
     example_inputs: one batch as a tensor, tuple or dict. criterion: a name or a function (see
@@ -79,8 +79,9 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
     globs of layers left alone. round_to: channels kept are multiples of it. policy: which kinds of channels are
     candidates (see ``groups_of``; groups have theirs).
     calibrate: batches for criteria that look at activations or gradients, and for ``reconstruct``: True, or options of
-    ``prunekern.prune.reconstruct.reconstruct``, refits the weights that stay, after the proof. clock: told of each
-    stage as it begins.
+    ``prunekern.prune.reconstruct.reconstruct``, refits the weights that stay, after the proof. planner: what
+    chooses, for targets that take measuring (``prunekern.search.LatencyPlanner``). clock: told of each stage as it
+    begins.
 
     Raises ModelError, InputError, TraceError, TargetError, PlanError, ProofError, UnknownName.
     """
@@ -93,7 +94,7 @@ def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = 
     with clock("plan"):
         plan, keep = propose(groups, target, criterion=criterion, reduction=reduction, normalisation=normalisation,
                              direction=direction, ranking=ranking, ignore=ignore, round_to=round_to,
-                             calibrate=calibrate, loss=loss, seed=seed)
+                             calibrate=calibrate, loss=loss, seed=seed, planner=planner)
     return refitted(cut(model, groups, keep, plan, clock=clock, seed=seed), calibrate, reconstruct, clock)
 
 
@@ -118,7 +119,8 @@ def refitted(pruned: Pruned, calibrate: Any, options: bool | Mapping[str, Any], 
 def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2", reduction: Reduction | None = None,
             normalisation: Normalisation | None = None, direction: Direction | None = None, ranking: str | None = None,
             ignore: Sequence[str] = (), round_to: int = 1, calibrate: Any = None,
-            loss: Callable[..., Tensor] | None = None, seed: int = 0) -> tuple[Plan, Tensor]:
+            loss: Callable[..., Tensor] | None = None, seed: int = 0,
+            planner: Chooser = choose) -> tuple[Plan, Tensor]:
     """Which channels ``prune`` would keep, before anything is cut: (the plan, boolean [groups]).
 
     Options: those of ``prune``. Raises TargetError, UnknownName, InputError.
@@ -129,7 +131,7 @@ def propose(groups: Groups, target: Target, *, criterion: str | Criterion = "l2"
                    batches=calibrate, loss=loss, seed=seed)
     units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
     ranking = settle(criterion, ranking=ranking).ranking
-    choice = choose(groups, units, target, ranking=ranking)
+    choice = planner(groups, units, target, ranking=ranking)
     asked = {"criterion": scores.criterion, "ranking": ranking, **target.to_json()}
     return plan_of(groups, choice.keep, costs=choice.costs, target=asked,
                    notes=tuple(dict.fromkeys((*choice.notes, *scores.notes)))), choice.keep

@@ -84,7 +84,7 @@ def run(model: nn.Module, groups: Groups, target: Target, *, steps: int = 1, sch
     if steps < 1:
         raise TargetError(f"steps={steps} must be at least 1.")
     if steps > 1 and not target.shares:
-        raise TargetError("several steps need a target with shares (macs=, params=, bytes=); use steps=1.")
+        raise TargetError("several steps need a target with shares (macs=, params=, bytes=, latency=); use steps=1.")
     store = Store(Path(checkpoint), identity_of(model, groups, [target.to_json(), steps, schedule], options)) \
         if checkpoint else None
     state = store.read(model, groups) if store else None
@@ -122,9 +122,11 @@ def _next(current: nn.Module, groups: Groups, target: Target, done: list[Step], 
     if not done:
         return prune(current, call, Target(**{**target.to_json(), **shares}), groups=groups, **options)
     last = done[-1].costs
-    left = {name: min(1.0, share * last[name][0] / max(last[name][1], 1)) for name, share in shares.items()}
-    return prune(current, call, Target(left.get("macs"), left.get("params"), left.get("bytes")),
-                 policy=groups.labels.policy, **options)
+    left: dict[str, Any] = {name: min(1.0, share * last[name][0] / max(last[name][1], 1))
+                            for name, share in shares.items() if name in last}
+    if "latency" in shares:             # measured against the very original in every step
+        left |= {"latency": shares["latency"]}
+    return prune(current, call, Target(**left, on=target.on), policy=groups.labels.policy, **options)
 
 
 def _original(done: list[Step], pruned: Pruned) -> dict[str, int]:

@@ -1,5 +1,7 @@
-"""Searches above pruning and lowering: the smallest network that keeps an accuracy."""
+"""Searches above pruning and lowering: latency that is measured, the smallest network that keeps an accuracy, and
+ratios for every layer (by dynamic programming, or by Optuna)."""
 
 from prunekern.search.accuracy import Trial, smallest
+from prunekern.search.latency import LatencyPlanner
 
-__all__ = ["Trial", "smallest"]
+__all__ = ["LatencyPlanner", "Trial", "smallest"]

@@ -2,7 +2,7 @@
 
 The order, lowest first; a module may import what is lower, and its own package:
 errors <- core, kernels <- ops <- graph <- cost <- prune <- lower <- backends <- data, report
-<- search, train, analysis <- result, summary <- api <- pareto, doctor, compare <- recipes <- cli <- __main__.
+<- train, analysis <- search <- result, summary <- api <- pareto, doctor, compare <- recipes <- cli <- __main__.
 The report layer draws plain data that it is given, so it lies low: results carry a report.
 """
 
@@ -32,7 +32,8 @@ LAYERS = (
     ("lower",),
     ("backends",),
     ("data", "report"),
-    ("search", "train", "analysis"),
+    ("train", "analysis"),
+    ("search",),
     ("result", "summary"),
     ("api",),
     ("pareto", "doctor", "compare"),
@@ -45,7 +46,7 @@ LAYER["_C"] = LAYER["kernels"]  # the compiled half of kernels.py
 
 FORBIDDEN_AT_IMPORT = (
     *("rich", "typer", "matplotlib", "plotly", "jinja2", "fvcore", "triton"),
-    *("pytest", "hypothesis", "onnx", "onnxruntime", "openvino"),
+    *("pytest", "hypothesis", "onnx", "onnxruntime", "openvino", "optuna"),
 )
 
 
