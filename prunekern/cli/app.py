@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from prunekern.cli import compressing, looking, measuring, running, sparsifying
+from prunekern.cli import compressing, looking, measuring, running, searching, sparsifying
 from prunekern.cli.console import complain, hear_warnings
 from prunekern.errors import PrunekernError
 
@@ -39,7 +39,7 @@ def about(version: Annotated[bool, typer.Option("--version", callback=_version, 
     """Shrink trained PyTorch networks, prove every cut, and lower the result to GEMMs."""
 
 
-for group in (running, compressing, looking, measuring, sparsifying):
+for group in (running, compressing, searching, looking, measuring, sparsifying):
     group.add_to(app)
 
 

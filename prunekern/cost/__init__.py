@@ -4,6 +4,7 @@ One convention (see ``Cost``): ``macs`` counts the multiply-accumulates of contr
 """
 
 from prunekern.cost.count import Cost, Costs, Layer, Module, Profile, Uncounted, macs_of, profile
+from prunekern.cost.energy import energy
 from prunekern.cost.memory import Peak, peak
 
-__all__ = ["Cost", "Costs", "Layer", "Module", "Peak", "Profile", "Uncounted", "macs_of", "peak", "profile"]
+__all__ = ["Cost", "Costs", "Layer", "Module", "Peak", "Profile", "Uncounted", "energy", "macs_of", "peak", "profile"]

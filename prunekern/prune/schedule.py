@@ -136,14 +136,20 @@ def _original(done: list[Step], pruned: Pruned) -> dict[str, int]:
 
 def identity_of(model: nn.Module, groups: Groups, settings: Any, options: Mapping[str, Any]) -> str:
     """What a checkpoint must have been made from: the same graph, weights and settings."""
-    digest = hashlib.sha256(groups.fingerprint().encode())
-    for tensor in model.state_dict().values():
-        if isinstance(tensor, Tensor) and tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256((groups.fingerprint() + model_digest(model)).encode())
     plain = {name: value if isinstance(value, (str, int, float, bool, tuple, list, type(None))) else
              getattr(value, "__qualname__", type(value).__name__) for name, value in options.items()}
     digest.update(json.dumps([settings, plain], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def model_digest(model: nn.Module) -> str:
+    """Identifies the weights of a model."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, Tensor) and tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Store:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from prunekern.report import units
 from prunekern.report.model import DENSE, Curve, ParetoPoint, Report, Triplet
-from prunekern.report.pareto import on_front, pareto_front
+from prunekern.report.pareto import costs_of, on_front, pareto_front
 from prunekern.report.scales import Scale, tick_labels
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "down")
 LOG_FROM = 4.0
-"""The ratio of largest to smallest MACs from which the Pareto plot opens with a logarithmic axis."""
+"""The ratio of largest to smallest cost from which the Pareto plot opens with a logarithmic axis."""
+COSTS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "macs": ("MACs", units.count), "params": ("parameters", units.count), "latency": ("latency", units.duration),
+    "energy": ("energy (proxy)", units.energy)}
+"""What each cost is called, and how it is written."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,16 @@ def path(points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> str:
     return "M" + "L".join(f"{x.at(a):g},{round(100 - y.at(b), 2):g}" for a, b in drawn) if drawn else ""
 
 
-def wants_log(points: Sequence[ParetoPoint]) -> bool:
-    """Whether MACs spread so far that a logarithmic axis reads better."""
-    macs = [point.macs for point in points]
-    return min(macs) > 0 and max(macs) / min(macs) >= LOG_FROM
+def wants_log(points: Sequence[ParetoPoint], cost: str = "macs") -> bool:
+    """Whether a cost spreads so far that a logarithmic axis reads better."""
+    values = [cost_of(point, cost) for point in points]
+    return min(values) > 0 and max(values) / min(values) >= LOG_FROM
+
+
+def cost_of(point: ParetoPoint, cost: str) -> float:
+    """A cost by name; NaN where the point does not have it."""
+    value = getattr(point, cost)
+    return math.nan if value is None else value
 
 
 def tones(names: Sequence[str]) -> dict[str, int]:
@@ -127,40 +137,42 @@ def tones(names: Sequence[str]) -> dict[str, int]:
     return {name: 1 + index % len(SHAPES) for index, name in enumerate(dict.fromkeys(names))}
 
 
-def macs_ticks(scale: Scale) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """Tick positions and labels of a MACs axis."""
+def cost_ticks(scale: Scale, cost: str = "macs") -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Tick positions and labels of an axis of a cost."""
     ticks = tuple(tick for tick in scale.ticks(6) if tick >= 0)
-    return ticks, tuple(units.short(units.count(tick)) for tick in ticks)
+    return ticks, tuple(units.short(COSTS[cost][1](tick)) for tick in ticks)
 
 
 def _pareto_tip(point: ParetoPoint, report: Report, front: bool) -> str:
     lines = [point.name]
     lines.append(f"{units.count(point.macs)} MACs ({units.exact(point.macs)})")
+    lines += [f"{COSTS[cost][0]} {COSTS[cost][1](cost_of(point, cost))}" for cost in costs_of(report.pareto)
+              if cost != "macs"]
     lines.append(f"{report.accuracy_label} {units.percent(point.accuracy)}")
     marks = [f"stage {point.stage}" if point.stage else "", "on the front" if front else ""]
     lines.append(", ".join(mark for mark in [*marks, "chosen" if point.chosen else ""] if mark))
     return "\n".join(line for line in [*lines, point.detail] if line)
 
 
-def _front_path(report: Report, x: Scale, y: Scale) -> str:
+def _front_path(report: Report, x: Scale, y: Scale, cost: str) -> str:
     """The front as steps: between two networks, the cheaper one is what a budget buys."""
     corners: list[tuple[float, float]] = []
-    for point in pareto_front(report.pareto):
+    for point in pareto_front(report.pareto, cost):
         if corners:
-            corners.append((point.macs, corners[-1][1]))
-        corners.append((point.macs, point.accuracy))
+            corners.append((cost_of(point, cost), corners[-1][1]))
+        corners.append((cost_of(point, cost), point.accuracy))
     if corners:
         corners.append((x.high, corners[-1][1]))
     return path(corners, x, y)
 
 
-def pareto_scales(report: Report, log: bool) -> tuple[Scale, Scale]:
+def pareto_scales(report: Report, log: bool, cost: str = "macs") -> tuple[Scale, Scale]:
     """The two axes of the Pareto plot; the accuracy floor is in view."""
     accuracies = [point.accuracy for point in report.pareto]
     if report.accuracy_floor is not None:
         accuracies.append(report.accuracy_floor)
     return (
-        Scale.around([point.macs for point in report.pareto], log=log, pad=0.05),
+        Scale.around([cost_of(point, cost) for point in report.pareto], log=log, pad=0.05),
         Scale.around(accuracies, pad=0.07),
     )
 
@@ -180,22 +192,22 @@ def roomiest(x: float, y: float, text: str, marks: Sequence[Mark]) -> Label:
     return min(sides, key=covered)
 
 
-def pareto_chart(report: Report, *, log: bool) -> Chart:
-    """MACs against accuracy, every network a marker, the front a stepped line."""
-    x, y = pareto_scales(report, log)
+def pareto_chart(report: Report, *, log: bool, cost: str = "macs") -> Chart:
+    """A cost against accuracy, every network a marker, the front a stepped line."""
+    x, y = pareto_scales(report, log, cost)
     stage_tones = tones([p.stage for p in report.pareto if p.stage != DENSE])
     marks: list[Mark] = []
     labelled: list[tuple[float, float, str]] = []
-    flags = on_front(report.pareto)
+    flags = on_front(report.pareto, cost)
     # Plain points first, so that the front, the dense and the chosen network are drawn on top of them.
     pairs = list(zip(report.pareto, flags, strict=True))
     pairs.sort(key=lambda pair: (pair[0].chosen, pair[0].stage == DENSE, pair[1]))
     for point, front in pairs:
-        if not (x.holds(point.macs) and y.holds(point.accuracy)):
+        if not (x.holds(cost_of(point, cost)) and y.holds(point.accuracy)):
             continue
         tone = stage_tones.get(point.stage, 0)
         shape = SHAPES[tone - 1] if tone else "star"
-        at = (x.at(point.macs), round(100 - y.at(point.accuracy), 2))
+        at = (x.at(cost_of(point, cost)), round(100 - y.at(point.accuracy), 2))
         style = " ".join(["front" if front else "off", *(["chosen"] if point.chosen else [])])
         if point.chosen:
             marks.append(Mark(*at, "ring", 0, "chosen"))
@@ -203,7 +215,7 @@ def pareto_chart(report: Report, *, log: bool) -> Chart:
         if point.chosen or point.stage == DENSE:
             text = f"{'chosen' if point.chosen else 'dense'}: {units.percent(point.accuracy)}"
             labelled.append((*at, text))
-    lines = [Line(_front_path(report, x, y), 0, "frontline")]
+    lines = [Line(_front_path(report, x, y, cost), 0, "frontline")]
     legend = [Key("Pareto front", 0, style="frontline")]
     if report.accuracy_floor is not None:
         floor = [(x.low, report.accuracy_floor), (x.high, report.accuracy_floor)]
@@ -212,11 +224,12 @@ def pareto_chart(report: Report, *, log: bool) -> Chart:
     if any(point.stage == DENSE for point in report.pareto):
         legend.append(Key("dense original", 0, "star"))
     legend += [Key(stage or "networks", tone, SHAPES[tone - 1]) for stage, tone in stage_tones.items()]
-    ticks, tick_texts = macs_ticks(x)
+    ticks, tick_texts = cost_ticks(x, cost)
+    name = COSTS[cost][0]
     return Chart(
         summary=f"{len(report.pareto)} networks, {sum(flags)} of them on the Pareto front; "
-        f"MACs on the x axis, {report.accuracy_label} on the y axis.",
-        x_title="MACs (log scale)" if log else "MACs",
+        f"{name} on the x axis, {report.accuracy_label} on the y axis.",
+        x_title=f"{name} (log scale)" if log else name,
         y_title=report.accuracy_label,
         x_ticks=x_axis(x, tick_texts, ticks),
         y_ticks=y_axis(y, percent=True),

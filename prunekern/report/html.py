@@ -9,7 +9,7 @@ from typing import Any
 
 from prunekern.report import charts, units
 from prunekern.report.model import DENSE, Check, LatencyRow, LayerRow, Report, Table, WeightRow
-from prunekern.report.pareto import pareto_front
+from prunekern.report.pareto import costs_of, pareto_front
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ def _pareto(report: Report) -> dict[str, Any]:
     return {
         "plots": plots,
         "opens": "log" if log_first else "linear",
+        "panels": [(charts.COSTS[cost][0],
+                    charts.pareto_chart(report, log=charts.wants_log(report.pareto, cost), cost=cost))
+                   for cost in costs_of(report.pareto) if cost != "macs"],
+        "further": [(cost, *charts.COSTS[cost]) for cost in costs_of(report.pareto) if cost != "macs"],
         "front": pareto_front(report.pareto),
         "chosen": [point for point in report.pareto if point.chosen],
         "dense": next((point for point in report.pareto if point.stage == DENSE), None),

@@ -63,7 +63,11 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One network: its MACs and accuracy (a fraction). `stage` groups points by colour; see `DENSE`."""
+    """One network: its MACs and accuracy (a fraction). `stage` groups points by colour; see `DENSE`.
+
+    Further costs where they are known: parameters, latency in µs, energy in µJ. A cost that all points of a report have
+    gets a panel of its own.
+    """
 
     name: str
     macs: int
@@ -71,6 +75,9 @@ class ParetoPoint:
     stage: str = ""
     chosen: bool = False
     detail: str = ""
+    params: int | None = None
+    latency: float | None = None
+    energy: float | None = None
 
     def __post_init__(self) -> None:
         _fraction(f"Pareto point {self.name!r}", "accuracy", self.accuracy)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekern.report import charts, units
 from prunekern.report.model import DENSE, LatencyRow, LayerRow, Report, WeightRow
-from prunekern.report.pareto import on_front, pareto_front
+from prunekern.report.pareto import costs_of, on_front, pareto_front
 from prunekern.report.scales import Scale, tick_labels
 
 if TYPE_CHECKING:
@@ -113,46 +113,58 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def _pareto(report: Report) -> Figure:
-    figure = _new(8.5, 5.4)
-    axes = figure.add_subplot()
-    x, y = charts.pareto_scales(report, charts.wants_log(report.pareto))
-    front = pareto_front(report.pareto)
+    """One panel for each cost that is known of every network."""
+    costs = costs_of(report.pareto)
+    columns = min(2, len(costs))
+    rows = math.ceil(len(costs) / columns)
+    figure = _new(8.5, 5.4) if len(costs) == 1 else _new(6.2 * columns, 0.8 + 4.2 * rows)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, cost in zip(panels, costs, strict=False):
+        _front_panel(axes, report, cost)
+    for axes in panels[len(costs):]:
+        axes.set_visible(False)
+    _legend_below(figure, panels[0])
+    return figure
+
+
+def _front_panel(axes: Axes, report: Report, cost: str) -> None:
+    x, y = charts.pareto_scales(report, charts.wants_log(report.pareto, cost), cost)
+    front = pareto_front(report.pareto, cost)
     if front:
-        corners = [*((p.macs, p.accuracy) for p in front), (x.high, front[-1].accuracy)]
+        corners = [*((charts.cost_of(p, cost), p.accuracy) for p in front), (x.high, front[-1].accuracy)]
         axes.step(*zip(*corners, strict=True), where="post", color=SOFT, lw=1.4, label="Pareto front")
     if report.accuracy_floor is not None:
         label = f"limit {units.percent(report.accuracy_floor, 1)}"
         axes.axhline(report.accuracy_floor, color=BAD, lw=1.2, ls=":", label=label)
-    flags = on_front(report.pareto)
+    flags = on_front(report.pareto, cost)
     for stage, tone in charts.tones([p.stage for p in report.pareto if p.stage != DENSE]).items():
         group = [(p, flag) for p, flag in zip(report.pareto, flags, strict=True) if p.stage == stage]
         look: dict[str, Any] = {"marker": MARKERS[charts.SHAPES[tone - 1]], "color": COLOURS[tone], "lw": 0}
         for optimal, alpha, label in ((False, 0.4, ""), (True, 1.0, _text(stage or "networks"))):
-            macs = [p.macs for p, flag in group if flag is optimal]
+            values = [charts.cost_of(p, cost) for p, flag in group if flag is optimal]
             accuracies = [p.accuracy for p, flag in group if flag is optimal]
-            axes.scatter(macs, accuracies, s=34, alpha=alpha, label=label or None, **look)
-    _special_points(axes, report, x.log)
-    ticks, labels = charts.macs_ticks(x)
+            axes.scatter(values, accuracies, s=34, alpha=alpha, label=label or None, **look)
+    _special_points(axes, report, x.log, cost)
+    ticks, labels = charts.cost_ticks(x, cost)
     _axis(axes.xaxis, x, labels, ticks)
     _percent_axis(axes, y)
-    axes.set_xlabel("MACs (log scale)" if x.log else "MACs")
+    name = charts.COSTS[cost][0]
+    axes.set_xlabel(f"{name} (log scale)" if x.log else name)
     axes.set_ylabel(_text(report.accuracy_label))
     axes.set_title(f"{len(report.pareto)} networks, {sum(flags)} on the Pareto front")
-    _legend_below(figure, axes)
-    return figure
 
 
-def _special_points(axes: Axes, report: Report, log: bool) -> None:
+def _special_points(axes: Axes, report: Report, log: bool, cost: str) -> None:
     from matplotlib.patheffects import withStroke
 
     ink: dict[str, Any] = {"edgecolors": COLOURS[0], "zorder": 4}
     for point in report.pareto:
-        at = (point.macs, point.accuracy)
+        at = (charts.cost_of(point, cost), point.accuracy)
         if point.stage == DENSE:
             axes.scatter(*at, marker="*", s=150, facecolors=COLOURS[0], label="dense original", **ink)
         if point.chosen:
             axes.scatter(*at, s=190, facecolors="none", lw=1.8, **ink)
-    for label in charts.pareto_chart(report, log=log).labels:
+    for label in charts.pareto_chart(report, log=log, cost=cost).labels:
         axes.annotate(
             label.text,
             (label.x / 100, 1 - label.y / 100),

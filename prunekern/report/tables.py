@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prunekern.report import units
-from prunekern.report.charts import layer_runs
+from prunekern.report.charts import COSTS, layer_runs
 from prunekern.report.html import check_number, limit_text, numeric
 from prunekern.report.model import DENSE, Report, Triplet
-from prunekern.report.pareto import pareto_front
+from prunekern.report.pareto import costs_of, pareto_front
 
 SHORT = 12
 """Rows of a long section that are printed unless everything is asked for."""
@@ -89,15 +89,18 @@ def _layers(report: Report) -> Grid:
 def _front(report: Report, full: bool) -> Grid:
     front = pareto_front(report.pareto)
     special = [p for p in report.pareto if (p.chosen or p.stage == DENSE) and p not in front]
+    further = [cost for cost in costs_of(report.pareto) if cost != "macs"]
     rows: Rows = []
     for point in sorted([*front, *special], key=lambda point: point.macs):
         remarks = ["chosen"] if point.chosen else []
         remarks += ["off the front"] if point in special else []
-        cells = (point.name, point.stage, units.count(point.macs), units.percent(point.accuracy))
+        written = (COSTS[cost][1](getattr(point, cost)) for cost in ("macs", *further))
+        cells = (point.name, point.stage, *written, units.percent(point.accuracy))
         rows.append(("strong" if point.chosen else "", (*cells, ", ".join(remarks))))
     rows, caption = _cut_around_chosen(rows, full)
-    names = ("Network", "Stage", "MACs", report.accuracy_label, "")
-    return _grid(f"Pareto front ({len(report.pareto)} networks measured)", names, (2, 3), rows, caption)
+    names = ("Network", "Stage", "MACs", *(COSTS[cost][0] for cost in further), report.accuracy_label, "")
+    numbers = range(2, len(names) - 1)
+    return _grid(f"Pareto front ({len(report.pareto)} networks measured)", names, numbers, rows, caption)
 
 
 def _cut_around_chosen(rows: Rows, full: bool) -> tuple[Rows, str]:

@@ -96,6 +96,19 @@ def duration(microseconds: float | None) -> str:
     return significant(rounded) + NBSP + "µs"
 
 
+def energy(microjoules: float | None) -> str:
+    """1234.5 -> "1.23 mJ"."""
+    if microjoules is None:
+        return NONE
+    if not math.isfinite(microjoules):
+        return significant(microjoules)
+    rounded = float(f"{microjoules:.2e}")
+    for scale, unit in ((1e6, "J"), (1e3, "mJ"), (1.0, "µJ")):
+        if abs(rounded) >= scale:
+            return significant(rounded / scale) + NBSP + unit
+    return significant(rounded * 1e3) + NBSP + "nJ"
+
+
 def times(factor: float | None) -> str:
     """2.314 -> "2.31×"."""
     return NONE if factor is None else significant(factor) + "×"

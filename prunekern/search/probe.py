@@ -117,6 +117,10 @@ class LoweredProbe:
     def whole(self, groups: Groups, keep: Tensor) -> Timed:
         return self.against(self.network(groups, keep))
 
+    def module(self, pruned: nn.Module) -> Timed:
+        """Another module against the original. Raises LoweringError."""
+        return self.against(self._lowered(pruned))
+
     def against(self, pruned: Lowered) -> Timed:
         """The same for a network that is there already: both take turns on the same inputs.
 
