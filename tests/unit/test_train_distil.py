@@ -173,7 +173,6 @@ def test_the_student_keeps_no_hooks_even_after_an_error() -> None:
         ({"teacher": lambda x: x}, ModelError, "must be a torch.nn.Module"),
         ({"teacher": nn.Linear(8, 5)}, InputError, r"are \(16, 3\), the teacher's \(16, 5\)"),
     ],
-    ids=str,
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):

@@ -274,7 +274,6 @@ def test_a_checkpoint_with_another_augmentation_is_refused(tmp_path: Path) -> No
         ({"amp": "int8"}, "False, True, 'bf16' or 'fp16'"),
         ({"sparsity": 3}, "sparsity is a int"),
     ],
-    ids=str,
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], says: str) -> None:
     model, before = network(), network()
