@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunekern.api import compress
+from prunekern.core.notebook import Notebook
 from prunekern.cost import energy, profile
 from prunekern.errors import InputError, LoweringError, TargetError
 from prunekern.graph.inputs import Call
@@ -21,7 +22,6 @@ from prunekern.report.charts import COSTS
 from prunekern.report.pareto import costs_of
 from prunekern.result import Result, load
 from prunekern.search.probe import LoweredProbe
-from prunekern.search.trials import Notebook
 from prunekern.summary import environment
 
 VALIDATION = "validation accuracy, compressed"

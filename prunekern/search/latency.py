@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekern.backends import Lowered
+from prunekern.core.notebook import Notebook
 from prunekern.errors import TargetError
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import as_call
@@ -29,7 +30,6 @@ from prunekern.prune.target import Choice, Meter, Target, by_share, choose
 from prunekern.prune.units import Units
 from prunekern.search.probe import LoweredProbe, Probe, Timed
 from prunekern.search.tables import Corrected, Tables, colours, orthogonal, widths_of
-from prunekern.search.trials import Notebook
 
 BAND = 0.05             # the measured share is at most so far below the target (a share of it)
 TRIES = 8               # networks that are measured whole, at most

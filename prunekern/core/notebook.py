@@ -1,4 +1,4 @@
-"""What a search has measured, on disk as soon as it is known, so that a killed one goes on."""
+"""What a long computation has measured, on disk as soon as it is known, so that a killed one goes on."""
 
 from __future__ import annotations
 
