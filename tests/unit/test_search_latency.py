@@ -335,6 +335,23 @@ def test_compress_measures_and_reports(model: nn.Module, inputs: Tensor, monkeyp
     assert list(tmp_path.glob("latency-*.json"))
 
 
+def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from prunekern.cli.app import run as command
+    monkeypatch.setattr(api, "LatencyPlanner", lambda *a, **k: LatencyPlanner(*a, probe=Machine(products), **k))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timednet.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, 30, 3), nn.ReLU(), "
+        "nn.Conv2d(30, 30, 3), nn.ReLU(), nn.Conv2d(30, 4, 1)).eval()\n")
+    common = ["compress", "timednet:net", "--input", "2x1x8x8", "--json", "--quiet", "--no-lower"]
+    assert command([*common, "--latency", "0.5", "--on", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["target"]["latency"] == 0.5
+    assert 0.5 * (1 - BAND) <= found["metrics"]["latency, share"] <= 0.5
+    assert command([*common, "--on", "cpu"]) == 1
+    assert "asks for nothing" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["latency", "params", "macs"])
 def test_accuracy_makes_the_cost_smallest_that_is_named(model: nn.Module, inputs: Tensor, what: str,
                                                         monkeypatch: pytest.MonkeyPatch):

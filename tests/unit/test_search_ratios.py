@@ -16,9 +16,12 @@ from torch import Tensor, nn
 import prunekern as pk
 from prunekern.analysis.sensitivity import Scorer, divergence, sensitivity
 from prunekern.errors import ArtefactError, InputError, TargetError
-from prunekern.prune.target import Target
-from prunekern.search import Ratios, layerwise, tune
+from prunekern.graph.groups import Groups
+from prunekern.prune.target import Meter, Target
+from prunekern.search import LatencyPlanner, Ratios, layerwise, tune
+from prunekern.search.probe import Timed
 from prunekern.search.ratios import Space, allot, knapsack, within
+from prunekern.search.tables import widths_of
 from prunekern.search.tuning import LOW, STARTUP
 
 
@@ -298,3 +301,24 @@ def test_evaluators_are_checked(model: nn.Module, inputs: Tensor):
         tune(model, inputs, Target(macs=0.5), trials=1, evaluate=lambda target: "good")  # type: ignore[arg-type,return-value]
     with pytest.raises(InputError, match="at least one"):
         tune(model, inputs, Target(macs=0.5), trials=0)
+
+
+def test_latency_is_shared_out_by_what_a_planner_predicts(model: nn.Module, inputs: Tensor):
+    """Time by formula: what the layer 'c' does takes all of it, so nothing else is worth cutting."""
+    class Machine:
+        identity, moved = "a formula", False
+
+        def steps(self, groups: Groups, keep: Tensor) -> dict[str, float]:
+            widths = widths_of(groups, Meter(groups).shapes(keep))
+            return {name: widths[name][1] if name == "conv2d_2" else 0.0 for name in widths}
+
+        def whole(self, groups: Groups, keep: Tensor) -> Timed:
+            raise AssertionError("ratios are predicted")
+
+        against = whole  # type: ignore[assignment]
+    planner = LatencyPlanner(model, inputs, probe=Machine())  # type: ignore[arg-type]
+    found = layerwise(model, inputs, Target(latency=0.5), planner=planner)
+    assert found.cost == "latency"
+    assert found.layers["c"] == 0.5
+    assert found.layers.get("b", 1.0) == 1.0
+    assert found.spent == pytest.approx(0.5)
