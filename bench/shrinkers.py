@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -55,9 +56,10 @@ class Stages(Clock):
         self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
 
 
-def prunekern(model: nn.Module, call: Call, stages: Stages) -> Shrunk:
-    """This library: prune, prove, lower."""
-    pruned = prune(model, call, HALF, ranking="layer", clock=stages)
+def prunekern(model: nn.Module, call: Call, stages: Stages, inexact: bool = False) -> Shrunk:
+    """This library: prune, prove, lower. inexact: norms, means and softmax over channels run on those that are left,
+    here and in the reference, which is what Torch-Pruning is held to."""
+    pruned = prune(model, call, HALF, ranking="layer", policy={"inexact": inexact}, clock=stages)
     with stages("lower"):
         lower(pruned.model, call, backend="reference")
     proof, groups, keep = pruned.proof, pruned.groups, pruned.keep
@@ -79,12 +81,13 @@ def held_back(groups: Groups) -> tuple[str, ...]:
 
 
 Shrinker = Callable[[nn.Module, Call, Stages], Shrunk]
-OURS, PEERS = "prunekern", ("torch-pruning",)
+OURS, INEXACT = "prunekern", "prunekern-inexact"
+PEERS = ("torch-pruning", INEXACT)
 
 
 def shrinker(library: str) -> Shrinker:
     """The pruner of that name. Raises ImportError where it is not installed."""
-    if library == OURS:
-        return prunekern
+    if library in (OURS, INEXACT):
+        return partial(prunekern, inexact=library == INEXACT)
     from bench.peer_torch_pruning import torch_pruning
     return torch_pruning
