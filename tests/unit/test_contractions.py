@@ -188,7 +188,8 @@ def test_rows_put_together(kind: Any) -> None:
     x, t = problem()
     one, two, whole = kind(), kind(), kind()
     one.add(x[:120], t[:120])
-    two.add(x[120:] + 3, t[120:] - 2)
+    two.add(x[120:130] + 3, t[120:130] - 2)
+    two.add(x[130:] + 3, t[130:] - 2)
     whole.add(torch.cat((x[:120], x[120:] + 3)), torch.cat((t[:120], t[120:] - 2)))
     both = one.with_rows(two)
     assert both.rows == whole.rows == 200
@@ -224,6 +225,18 @@ def test_the_ridge_grows_where_rows_are_few_and_noisy(kind: Any) -> None:
     seen, held, true, old = noisy(3000, 0.1, kind)
     _, found = fitted(seen, held, old, 1e-3, total)
     assert float((found - true).square().mean()) < 2e-5
+
+
+def test_rows_held_back_are_met_with_the_bias_of_the_others() -> None:
+    x, t = problem()
+    seen, held, old = Moments(), Moments(), torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0)).double()
+    seen.add(x[:150], t[:150])
+    held.add(x[150:] + 2, t[150:])
+    met: list[Tensor] = []
+    fitted(seen, held, old, 1e-3, lambda errors: (met.append(errors), float(errors.sum()))[1])
+    error = torch.einsum("rgk,gko->rgo", x, old) - t
+    want = (error[150:] + 2 * old.sum(1) - error[:150].mean(0)).square().mean(0)
+    assert torch.allclose(met[-1], want)
 
 
 def test_without_rows_held_back_the_ridge_is_the_one_asked_for() -> None:

@@ -93,6 +93,20 @@ def test_writes_through_views_are_lost_and_never_reach_inputs() -> None:
     assert torch.equal(x, before)
 
 
+def test_values_are_not_written_by_operators_in_place() -> None:
+    torch.manual_seed(0)
+    graph = trace(Inplace().eval(), (torch.randn(2, 4, 5),))
+    walk = walker(graph, (torch.randn(3, 4, 5),))
+    before = next(node for node in graph.nodes if node.name.startswith("linear"))
+    walk.keep(before)
+    with torch.no_grad():
+        walk.reach(before)
+        value = walk[before][0].clone()
+        walk.reach(next(iter(before.users)))
+    assert bool((value < 0).any())
+    assert torch.equal(walk[before][0], value)
+
+
 def test_values_are_freed_after_their_last_use() -> None:
     torch.manual_seed(0)
     graph = trace(Inplace().eval(), (torch.randn(2, 4, 5),))
