@@ -207,9 +207,10 @@ def allot(space: Space, shares: Sequence[float], losses: Sequence[Sequence[float
         total = sum(row[pick] for row, pick in zip(losses, picks, strict=True))
         if true <= space.limit + 1e-12 and total <= least:
             best, least = picks, total
-        if tuple(picks) in seen and true <= space.limit:
-            break
-        aim += (space.limit - true) / 2 if true <= space.limit else 1.1 * (space.limit - true)
+        if tuple(picks) in seen:
+            if best is not smallest:
+                break
+            aim *= 0.97                 # round and round above the limit
         seen.add(tuple(picks))
         here = picks
     return best

@@ -124,21 +124,22 @@ def test_a_coarse_knapsack_keeps_to_its_budget():
         assert sum(row[pick] for row, pick in zip(costs, found, strict=True)) <= 1.3 + 1e-9
 
 
-@pytest.mark.parametrize("limit", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("limit", [0.2, 0.35, 0.5])
 def test_products_of_widths_are_shared_out_as_well_as_by_trying_everything(limit: float):
-    """Costs of a chain are products of neighbouring widths, and the straight lines are only around a point."""
-    torch.manual_seed(0)
-    chain = nn.Sequential(*[layer for width, after in ((3, 10), (10, 10), (10, 10)) for layer in (
-        nn.Conv2d(width, after, 3, padding=1), nn.ReLU())], nn.Flatten(), nn.Linear(10 * 16, 4)).eval()
+    """Costs of a chain are products of neighbouring widths, and straight lines hold around a solution only."""
+    chain = nn.Sequential(*[layer for width in (3, 10, 10, 10) for layer in (
+        nn.Conv2d(width, 10, 3, padding=1), nn.ReLU())], nn.Flatten(), nn.Linear(10 * 16, 4)).eval()
     space = Space.of(chain, torch.randn(2, 3, 4, 4), Target(macs=limit))
     shares = [1.0, 0.8, 0.6, 0.4, 0.2]
-    draw = random.Random(3)
-    losses = [[0.0, *sorted(draw.random() * scale for _ in range(4))] for scale in (1.0, 5.0, 2.0)]
-    best = min(sum(row[pick] for row, pick in zip(losses, picks, strict=True)) for picks in product(range(5), repeat=3)
-                if space.spent(space.keep([shares[pick] for pick in picks])) <= limit)
-    found = allot(space, shares, losses)
-    assert space.spent(space.keep([shares[pick] for pick in found])) <= limit
-    assert sum(row[pick] for row, pick in zip(losses, found, strict=True)) <= 1.25 * best
+    cost = {picks: space.spent(space.keep([shares[pick] for pick in picks])) for picks in product(range(5), repeat=4)}
+    for seed in range(6):
+        draw = random.Random(seed)
+        losses = [[0.0, *sorted(draw.random() * scale for _ in range(4))] for scale in (1.0, 5.0, 2.0, 3.0)]
+        total = {picks: sum(row[pick] for row, pick in zip(losses, picks, strict=True)) for picks in cost}
+        best = min(total[picks] for picks in cost if cost[picks] <= limit)
+        found = tuple(allot(space, shares, losses))
+        assert cost[found] <= limit
+        assert total[found] <= 1.02 * best
 
 
 def test_what_does_nothing_goes_first(model: nn.Module, inputs: Tensor, tmp_path: Path):
