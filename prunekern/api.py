@@ -168,8 +168,9 @@ class _Work:
     def sparsify(self, target: Target, asked: Mapping[str, Any]) -> Plan | None:
         """Train a copy towards sparsity and go on with it; the plan, where the method chose what is to go."""
         self.tell("sparse training")
+        choosing = {name: value for name, value in self.options.items() if name != "reconstruct"}   # the cut's, later
         self.model, self.groups, plan = sparsify(
-            self.model, self.groups, target, self.train, asked, choosing=self.options, progress=False,
+            self.model, self.groups, target, self.train, asked, choosing=choosing, progress=False,
             seed=self.options["seed"], loss=self.options["loss"], checkpoint=_file(self.checkpoint, "sparse.ckpt"))
         return plan
 

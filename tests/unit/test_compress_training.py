@@ -153,6 +153,12 @@ def test_sparse_training_may_be_followed_by_steps(trained: Net) -> None:
     assert [step.number for step in result.steps] == [1, 2]
 
 
+@pytest.mark.parametrize("method", ["growing", "soft", "group-lasso"])
+def test_weights_are_refitted_after_sparse_training(trained: Net, method: str) -> None:
+    result = compress(trained, sparse={"method": method, "epochs": 1}, calibrate=TRAIN[0], fit={"epochs": 0})
+    assert any("weights refitted" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("moment", [2, 9, 14])
 def test_sparse_training_that_was_killed_goes_on(trained: Net, tmp_path: Path, moment: int) -> None:
     def run(folder: Path, hook: Any = None) -> pk.Result:
