@@ -172,7 +172,7 @@ def examine(task: Task, method: str, share: float, epochs: int, fit: Mapping[str
         return {**base, **spent, "macs": reached, "accuracy": train.accuracy(model.eval(), task.test),
                 "parameters": sum(p.numel() for p in model.parameters())}
     except Exception as error:
-        return {**base, "error": f"{type(error).__name__}: {first_line(error)}"}
+        return {**base, "error": first_line(error)}
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -1,0 +1,135 @@
+"""``bench/accuracy.py``: every method gets the same network and data, and the file goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench import accuracy
+from bench.accuracy import METHODS, Task, main, peer_pruned, table, torch_pruning
+from prunekern.data.dataset import Dataset
+
+
+class Block(nn.Module):
+    """A residual block whose inner layer alone may shrink under the peer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Tiny(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 4))
+
+
+@pytest.fixture
+def task() -> Task:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        images, labels = torch.randn(96, 3, 6, 6), torch.arange(96) % 4
+        return Task(Tiny().eval(), images[:64], (images[:64], labels[:64]), (images[64:], labels[64:]))
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: Task) -> list[str]:
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"")
+    monkeypatch.setattr(accuracy, "prepare", lambda *_: task)
+    return ["--weights", str(weights), "--threads", str(torch.get_num_threads()), "--out", str(tmp_path / "a.json")]
+
+
+@pytest.mark.parametrize("method", ["prunekern", "prunekern, l2", "prunekern, l2 and reconstruction"])
+def test_methods_meet_the_share_and_leave_the_network_alone(task: Task, method: str) -> None:
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    found = METHODS[method](task, 0.6)
+    assert task.macs(found) <= 0.6 * task.macs(task.model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+
+
+def test_the_peer_meets_the_share(task: Task) -> None:
+    pytest.importorskip("torch_pruning")
+    whole = task.macs(task.model)
+    assert task.macs(peer_pruned(task, "l1", 0.5, False)) < whole
+    found = task.macs(torch_pruning("l1")(task, 0.7)) / whole
+    assert 0.5 < found <= 0.7                          # no smaller than it must be: one channel is 0.07
+
+
+def test_a_run_is_written_and_goes_on(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    ran: list[tuple[str, float]] = []
+
+    def method(name: str) -> Any:
+        def run(task: Task, share: float) -> nn.Module:
+            ran.append((name, share))
+            if name == "broken" and len(ran) < 5:
+                raise RuntimeError(f"{accuracy.ROOT}/x.py went wrong")
+            return task.model
+        return run
+    monkeypatch.setattr(accuracy, "METHODS", {name: method(name) for name in ("whole", "broken")})
+    assert main([*arguments, "--shares", "0.9,0.8"]) == 1
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [(c["method"], c["share"]) for c in found["cases"]] == ran
+    assert found["cases"][1]["error"] == "RuntimeError: x.py went wrong"
+    assert found["cases"][0]["macs"] == pytest.approx(1.0)
+    ran.append(("so far", 0))
+    assert main([*arguments, "--shares", "0.9,0.8", "--resume", str(tmp_path / "a.json")]) == 0
+    assert ran[5:] == [("broken", 0.9), ("broken", 0.8)]
+    assert "| broken |" in (tmp_path / "a.md").read_text()
+    assert "failed" not in capsys.readouterr().out.rpartition("| method")[2]
+
+
+def test_fine_tuning_is_the_same_for_all_and_counted(arguments: list[str], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch, task: Task) -> None:
+    import copy
+    monkeypatch.setattr(accuracy, "METHODS", {name: lambda task, share: copy.deepcopy(task.model) for name in "ab"})
+    main([*arguments, "--shares", "1", "--epochs", "0,2"])
+    cases = json.loads((tmp_path / "a.json").read_text())["cases"]
+    scores = {(c["method"], c["epochs"]): c["accuracy"] for c in cases}
+    assert scores["a", 2] == scores["b", 2]
+    assert scores["a", 0] == scores["b", 0]
+
+
+def test_the_table() -> None:
+    cases = [{"method": "a", "share": 0.5, "epochs": 0, "accuracy": 0.925, "macs": 0.499, "seconds": 3.0},
+             {"method": "a", "share": 0.35, "epochs": 0, "accuracy": 0.9, "macs": 0.35, "seconds": 40.0},
+             {"method": "b", "share": 0.5, "epochs": 3, "error": "no"}]
+    text = table({"cases": cases, "dense": 0.9339, "test": 10_000, "images": 1024, "threads": 2})
+    assert "| method | 0.50 of the MACs | 0.35 of the MACs | 0.50 of the MACs, 3 epochs | seconds |" in text
+    assert "| a | 92.50 (0.499) | 90.00 (0.350) |  | 40 |" in text
+    assert "| b |  |  | failed |  |" in text
+    assert "93.39" in text
+
+
+@pytest.mark.parametrize("wrong", [["--methods", "nobody"], ["--weights", "missing.pt"], ["--resume", "missing.json"]])
+def test_wrong_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(wrong)
+    assert caught.value.code == 2
+    assert wrong[1] in capsys.readouterr().err
+
+
+def test_calibration_images_are_of_the_training_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from tests.models import ARCHITECTURES
+    made = ARCHITECTURES["resnet20"].build()
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    images = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 3, 32, 32).contiguous()
+    few = Dataset("cifar10", images, torch.zeros(12, dtype=torch.long), images[:3] + 100, torch.zeros(3).long(),
+                  ("a",), (0.5,) * 3, (0.5,) * 3, "here")
+    monkeypatch.setattr(accuracy.data, "load", lambda name: few)
+    subject = accuracy.Subject("resnet20", "cifar10", (0.0,) * 3, (1.0,) * 3)
+    task = accuracy.prepare(subject, tmp_path / "w.pt", 5, seed=0)
+    picked = (task.calibration[:, 0, 0, 0] * 255).round()
+    assert len(picked.unique()) == 5
+    assert float(picked.max()) < 12
+    assert len(task.test[1]) == 3
