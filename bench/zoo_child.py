@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def facts(zoos: Sequence[str], arguments: Sequence[str]) -> dict[str, Any]:
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found["versions"][name] = metadata.version(name)
-    return {**found, "arguments": list(arguments)}
+    return {**found, "arguments": [Path(a).name if Path(a).is_absolute() else a for a in arguments]}
 
 
 def main(pipe: connection.Connection, zoo: str, name: str, library: str, build: float, cap: float) -> None:
