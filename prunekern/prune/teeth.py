@@ -53,7 +53,7 @@ class Teeth:
     @property
     def share(self) -> float:
         """Of the kept groups, those that were felt."""
-        kept = torch.cat([self._kept(family) for family in self.groups])
+        kept = torch.cat([torch.zeros(0, dtype=torch.long), *(self._kept(family) for family in self.groups)])
         return float(self.seen[kept].double().mean()) if len(kept) else 1.0
 
     def _kept(self, family: Family) -> Tensor:

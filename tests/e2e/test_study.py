@@ -182,7 +182,7 @@ def test_latency_has_every_contender_at_every_batch(finished: Outcome) -> None:
 
 def test_the_files_of_the_report_are_there(finished: Outcome) -> None:
     names = {path.name for path in finished.saved.folder.iterdir()}
-    assert names == set(NAMES)
+    assert names == set(NAMES) - {"weights.png", "histograms.png"}      # those are of single weights
     page = (finished.saved.folder / "index.html").read_text()
     assert f"{finished.chosen.macs:,}" in page
     assert not list(finished.folder.rglob("*.tmp"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import prunekern as pk
 from prunekern.errors import InputError
 from prunekern.graph.groups import Groups
 from prunekern.ops import REGISTRY
@@ -616,3 +617,13 @@ def test_through_prune() -> None:
     plain = prune(model, x[:2], Target(macs=0.6))
     refitted = prune(model, x[:2], Target(macs=0.6), calibrate=x, reconstruct=True)
     assert far(refitted.model, model, x) < 0.8 * far(plain.model, model, x)
+
+
+def test_everything_works_in_inference_mode() -> None:
+    """Planes and data made there are inference tensors, which autograd does not save."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    with torch.inference_mode():
+        result = pk.compress(model, torch.randn(2, 3, 8, 8), calibrate=torch.randn(48, 3, 8, 8), lower=False)
+    assert any("weights refitted" in note for note in result.notes)
+    result.model.train()(torch.randn(4, 3, 8, 8)).sum().backward()

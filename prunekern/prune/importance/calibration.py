@@ -28,6 +28,9 @@ def calls(graph: Graph, data: Data) -> Iterator[tuple[Call, Any]]:
     device = next((t.device for t in graph.tensors.values()), torch.device("cpu"))
 
     def move(tensor: Tensor) -> Tensor:
+        if tensor.is_inference():       # gradients would refuse it
+            with torch.inference_mode(False):
+                tensor = tensor.clone()
         return tensor.to(device)
 
     count = 0

@@ -104,7 +104,8 @@ def gated(labels: Labels, gate: Tensor) -> Any:
             if arg in args and isinstance(value, Tensor) and value.is_floating_point():
                 for axis, groups in labels.live.get(arg, ()):
                     shape = [-1 if a == axis else 1 for a in range(value.dim())]
-                    value = value * fitted(gate[groups].view(shape), value).to(value.dtype)
+                    own = groups.clone() if groups.is_inference() else groups    # autograd saves no others
+                    value = value * fitted(gate[own].view(shape), value).to(value.dtype)
             return value
 
         return replaced(node, values, multiplied) if args else values

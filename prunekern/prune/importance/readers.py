@@ -103,8 +103,9 @@ def _outputs(evidence: Evidence, layers: Mapping[fx.Node, Contraction],
     graph, labels = evidence.graph, evidence.groups.labels
     generator = torch.Generator().manual_seed(evidence.seed)
     found: dict[fx.Node, Tensor] = {}
-    gates, seen = torch.zeros(labels.groups, dtype=torch.float64), 0
+    seen = 0
     with torch.inference_mode(False), torch.enable_grad():
+        gates = torch.zeros(labels.groups, dtype=torch.float64)
         state, _ = differentiable(graph, ())
         for number, (call, _) in enumerate(_few(graph, batches)):
             values: dict[fx.Node, Tensor] = {}
