@@ -15,6 +15,7 @@ from prunekern.backends import Lowered
 from prunekern.backends import lower as lower_network
 from prunekern.backends.known import select
 from prunekern.backends.speedup import Speedup, explain_speedup
+from prunekern.core.modes import trainable
 from prunekern.core.plan import Plan
 from prunekern.core.policy import Asked
 from prunekern.errors import InputError, TargetError
@@ -40,6 +41,7 @@ FIT = {"epochs": 1, "lr": 0.01}
 COSTS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
+@trainable
 def compress(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
              criterion: str | Criterion | None = None, reduction: str | None = None, normalisation: str | None = None,
              direction: str | None = None, ranking: str | None = None, ignore: Sequence[str] = (), round_to: int = 1,

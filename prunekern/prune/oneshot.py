@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunekern.core.modes import trainable
 from prunekern.core.plan import Plan
 from prunekern.core.policy import DEFAULT, Asked, as_policy
 from prunekern.errors import InputError
@@ -64,6 +65,7 @@ def groups_of(model: nn.Module, example_inputs: Any, *, policy: Asked = DEFAULT,
                                 policy=as_policy(policy)))
 
 
+@trainable
 def prune(model: nn.Module, example_inputs: Any = None, target: Target | None = None, *,
           criterion: str | Criterion = "l2", reduction: Reduction | None = None,
           normalisation: Normalisation | None = None, direction: Direction | None = None,
