@@ -147,13 +147,13 @@ def chosen(model: nn.Module) -> list[nn.Module]:
 
 METHODS: Mapping[str, Prune] = {
     "prunekern": ours("obs", reconstruct=True),
-    "prunekern, obs": ours("obs", statistics=True),
-    "prunekern, l2 and reconstruction": ours("l2", reconstruct=True),
-    **{f"prunekern, {name}": ours(name, statistics=True) for name in ("l2", "l1", "bn_scale", "activation", "chip")},
-    "prunekern, l2, old statistics": ours("l2"),
+    "prunekern obs": ours("obs", statistics=True),
+    "prunekern l2 and reconstruction": ours("l2", reconstruct=True),
+    **{f"prunekern {name}": ours(name, statistics=True) for name in ("l2", "l1", "bn_scale", "activation", "chip")},
+    "prunekern l2 (old statistics)": ours("l2"),
     **{f"torch-pruning {name}": torch_pruning(name, statistics=True) for name in ("l1", "l2")},
-    "torch-pruning l2, global": torch_pruning("l2", statistics=True, ranking="global"),
-    "torch-pruning l1, old statistics": torch_pruning("l1"),
+    "torch-pruning l2 global": torch_pruning("l2", statistics=True, ranking="global"),
+    "torch-pruning l1 (old statistics)": torch_pruning("l1"),
 }
 
 

@@ -49,7 +49,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: Task) -> li
     return ["--weights", str(weights), "--threads", str(torch.get_num_threads()), "--out", str(tmp_path / "a.json")]
 
 
-@pytest.mark.parametrize("method", ["prunekern", "prunekern, l2", "prunekern, l2 and reconstruction"])
+@pytest.mark.parametrize("method", ["prunekern", "prunekern l2", "prunekern l2 and reconstruction"])
 def test_methods_meet_the_share_and_leave_the_network_alone(task: Task, method: str) -> None:
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     found = METHODS[method](task, 0.6)
@@ -109,6 +109,12 @@ def test_the_table() -> None:
     assert "| a | 92.50 (0.499) | 90.00 (0.350) |  | 40 |" in text
     assert "| b |  |  | failed |  |" in text
     assert "93.39" in text
+
+
+def test_every_method_can_be_named() -> None:
+    """Globs are separated by commas."""
+    assert not any("," in name for name in METHODS)
+    assert accuracy.parse(["--table", __file__, "--methods", "prunekern l2,torch*"]).chosen[0] == "prunekern l2"
 
 
 @pytest.mark.parametrize("wrong", [["--methods", "nobody"], ["--weights", "missing.pt"], ["--resume", "missing.json"]])
