@@ -33,8 +33,7 @@ from rich.console import Console  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from bench.latency import comma_list  # noqa: E402
-from bench.machine import environment  # noqa: E402
-from bench.zoo import placeless  # noqa: E402
+from bench.machine import environment, placeless  # noqa: E402
 from bench.zoo_case import Multiplications, first_line  # noqa: E402
 from prunekern import Target, data, train  # noqa: E402
 from prunekern.core.files import write_text  # noqa: E402

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,15 @@ from prunekern.backends.roofline import measure_roof
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "openvino", "triton")
 FLAGS = re.compile(r"sse4_2|avx.*|fma|f16c|amx.*|asimd.*|sve.*|bf16|i8mm")      # those that kernels are chosen by
+
+
+def placeless(value: Any) -> Any:
+    """Texts without the folders that packages and this checkout happen to lie in."""
+    if isinstance(value, str):
+        return re.sub(r"[^\s\"'(]*/site-packages/", "", value).replace(f"{ROOT}/", "")
+    if isinstance(value, Mapping):
+        return {key: placeless(item) for key, item in value.items()}
+    return [placeless(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def load_average() -> tuple[float, ...]:

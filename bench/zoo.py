@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -39,6 +38,7 @@ from rich.text import Text  # noqa: E402
 from bench import zoo_child, zoo_table  # noqa: E402
 from bench.architectures import OWN, ZOOS  # noqa: E402
 from bench.latency import comma_list  # noqa: E402
+from bench.machine import placeless  # noqa: E402
 from bench.shrinkers import OURS, PEERS  # noqa: E402
 from prunekern.core.files import write_text  # noqa: E402
 
@@ -85,15 +85,6 @@ class Results:
         whole = self.to_json()
         write_text(self.path, json.dumps(whole, indent=1) + "\n")
         write_text(self.path.with_suffix(".md"), zoo_table.markdown(whole, self.path.name) + "\n")
-
-
-def placeless(value: Any) -> Any:
-    """Texts without the folders that packages and this checkout happen to lie in."""
-    if isinstance(value, str):
-        return re.sub(r"[^\s\"'(]*/site-packages/", "", value).replace(f"{ROOT}/", "")
-    if isinstance(value, Mapping):
-        return {key: placeless(item) for key, item in value.items()}
-    return [placeless(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass

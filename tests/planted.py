@@ -158,3 +158,12 @@ def planted_network(name: str) -> Planted:
             for mine, new in zip(model.buffers(), calibrated.buffers(), strict=True):
                 mine.copy_(new)
     return model
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(F.relu(self.one(x.view(4, 4)))).view(4, 3)

@@ -63,6 +63,23 @@ def masking(labels: Labels, keep: Tensor) -> Before:
     return before
 
 
+def gated(labels: Labels, gate: Tensor) -> Before:
+    """A hook for ``evaluate`` that multiplies consumers' inputs with the gate of each group: ``masking`` that gradients
+    pass. gate: [groups]."""
+    def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        args = labels.masked.get(node, ())
+
+        def multiplied(arg: fx.Node, value: Any) -> Any:
+            if arg in args and isinstance(value, Tensor):
+                for axis, groups in labels.live.get(arg, ()):
+                    shape = [-1 if a == axis else 1 for a in range(value.dim())]
+                    own = groups.clone() if groups.is_inference() else groups    # autograd saves no others
+                    value = value * fitted(gate[own].view(shape), value).to(value.dtype)
+            return value
+        return replaced(node, values, multiplied) if args else values
+    return before
+
+
 def replaced(node: fx.Node, values: tuple[Any, ...], new: Callable[[fx.Node, Any], Any]) -> tuple[Any, ...]:
     """The values of a call's arguments with those of its tensors exchanged: ``new(argument, value)``."""
     def walk(arg: Any, value: Any) -> Any:

@@ -21,7 +21,7 @@ from prunekern.prune.oneshot import Pruned, cut, groups_of
 from prunekern.prune.rebuild import check_structure, fill, shrink
 from prunekern.prune.schedule import Outcome, Step, Store, identity_of
 from prunekern.prune.slice import plan_of
-from prunekern.prune.target import Meter, ignored
+from prunekern.prune.target import Meter, check_ranking, ignored, order_of
 from prunekern.prune.units import make_units
 
 Train = Callable[[nn.Module, int, Plan], Mapping[str, Any] | None]
@@ -142,13 +142,11 @@ def drop(groups: Groups, fraction: float, *, criterion: str | Criterion = "l2", 
     Raises NothingLeft, TargetError (ranking), and what ``score`` raises.
     """
     ranking = settle(criterion, ranking=ranking).ranking
-    if ranking not in ("global", "layer"):
-        raise TargetError(f"ranking={ranking!r}; known: 'global', 'layer'.")
+    check_ranking(ranking)
     blocked = ignored(groups, ignore)
     scores = score(groups, criterion, batches=calibrate, loss=loss, seed=seed, **reading)
     units = make_units(groups, scores.values, ignore=blocked, round_to=round_to)
-    order = (units.score if ranking == "global" else units.rank).argsort(stable=True)
-    order = order[~units.last[order]]
+    order = order_of(units, ranking)
     if not len(order):
         raise NothingLeft("nothing is left that may be dropped: of every family one unit stays, and what is ignored.")
     chosen = torch.zeros(len(units), dtype=torch.bool)

@@ -190,8 +190,7 @@ def choose(groups: Groups, units: Units, target: Target, *, ranking: str = "glob
     meter: what predicts costs; a target on latency needs one that predicts it.
     Raises TargetError where the target is out of reach, with what is reachable.
     """
-    if ranking not in ("global", "layer"):
-        raise TargetError(f"ranking={ranking!r}; known: 'global', 'layer'.")
+    check_ranking(ranking)
     meter = meter or Meter(groups)
     if target.latency is not None and meter.latency is None:
         raise TargetError(f"latency={target.latency} takes measuring on lowered networks: call compress, or pass "
@@ -203,7 +202,7 @@ def choose(groups: Groups, units: Units, target: Target, *, ranking: str = "glob
         removed |= _by_layer(groups, units, target.layers)
     if not target.shares:
         return _result(meter, ~units.removed(removed), units.notes)
-    order = _order(units, ranking)
+    order = order_of(units, ranking)
     order = order[~removed[order]]
     count = _fewest(meter, units, removed, order, target.shares)
     chosen = removed.clone()
@@ -213,7 +212,13 @@ def choose(groups: Groups, units: Units, target: Target, *, ranking: str = "glob
     return _result(meter, keep, (*units.notes, *_gap(meter, keep, units, chosen, order[:count], target.shares)))
 
 
-def _order(units: Units, ranking: str) -> Tensor:
+def check_ranking(ranking: str) -> None:
+    """Raises TargetError for what is none."""
+    if ranking not in ("global", "layer"):
+        raise TargetError(f"ranking={ranking!r}; known: 'global', 'layer'.")
+
+
+def order_of(units: Units, ranking: str) -> Tensor:
     """Units in the order in which they go; the last of each family never does."""
     key = units.score if ranking == "global" else units.rank
     order = key.argsort(stable=True)

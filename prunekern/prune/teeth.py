@@ -16,7 +16,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors
 from prunekern.graph.evaluate import evaluate, same_dice
 from prunekern.graph.groups import Family, Groups
 from prunekern.graph.inputs import Call
-from prunekern.prune.reference import difference, masked_outputs, replaced, restricting
+from prunekern.prune.reference import difference, gated, masked_outputs, restricting
 
 TEETH = 1e-9            # fp64, relative to max|output|: what changes them by less would pass as equal (prove.LIMIT)
 TRIES = 8               # families that are really zeroed, per twin
@@ -78,15 +78,6 @@ def _gradient(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], call: Ca
     switch = keep.to(torch.float64).requires_grad_(True)
     restricted = restricting(labels, keep)
 
-    def switched(node: fx.Node, arg: fx.Node, value: Any) -> Any:
-        if arg in labels.masked.get(node, ()):
-            for axis, index in labels.live.get(arg, ()):
-                value = value * switch[index].view([-1 if a == axis else 1 for a in range(value.dim())]).to(value)
-        return value
-
-    def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return replaced(node, values, lambda arg, value: switched(node, arg, value))
-
     def instead(node: fx.Node, values: tuple[Any, ...]) -> Any:
         if node.target in CUTS:
             return values[0]
@@ -94,7 +85,7 @@ def _gradient(groups: Groups, keep: Tensor, twin: Mapping[str, Tensor], call: Ca
             return None
         return restricted(node, values) if restricted is not None else NotImplemented
     with torch.enable_grad(), same_dice(), allow_mutation_on_saved_tensors():
-        outputs = evaluate(groups.graph, twin, call.args, call.kwargs, before=before, instead=instead,
+        outputs = evaluate(groups.graph, twin, call.args, call.kwargs, before=gated(labels, switch), instead=instead,
                            out_of_place=out_of_place)
         total = _projected(outputs)
         if total.requires_grad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from prunekern.prune import schedule
 from prunekern.prune.edit import edit_plan
 from prunekern.prune.importance import Evidence
 from tests.identity import snapshot
+from tests.kills import Killed, kill_at
 from tests.training import blobs
 
 
@@ -326,22 +326,6 @@ def test_recalibration_on_training_data(untouched: Blob) -> None:
 # ---- kills ---------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it on the way."""
-
-
-def _killed_at(target: Any, name: str, moment: int, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
-    real, calls = getattr(target, name), itertools.count()
-
-    def act(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) != moment:
-            return real(*args, **kwargs)
-        if after:
-            real(*args, **kwargs)
-        raise Killed
-    monkeypatch.setattr(target, name, act)
-
-
 @pytest.mark.parametrize("moment", range(6))
 @pytest.mark.parametrize(("name", "after"), [("prune", False), ("prune", True), ("write_bytes", False),
                                              ("write_bytes", True), ("write_text", False), ("write_text", True)])
@@ -351,7 +335,7 @@ def test_killed_run_goes_on(untouched: Blob, tmp_path: Any, monkeypatch: pytest.
         return pk.compress(untouched, target=pk.Target(macs=0.3), train=TRAIN, validate=VALIDATE, steps=3,
                            fit={"epochs": 1, "batch_size": 16}, checkpoint=folder, lower=False)
     whole = run(tmp_path / "whole")
-    _killed_at(schedule, name, moment, monkeypatch, after)
+    kill_at(schedule, name, moment, monkeypatch, after)
     try:
         run(tmp_path / "killed")
     except Killed:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import prunekern as pk
 from prunekern import train as training
 from prunekern.errors import InputError, TargetError, UnknownName
+from tests.kills import Killed
 from tests.training import blobs, same
 
 TRAIN, VALIDATE = blobs(96, 0), blobs(60, 1)
@@ -52,10 +53,6 @@ FIT = {"epochs": 2, "lr": 0.05, "batch_size": 16}
 def compress(model: Net, **options: Any) -> pk.Result:
     settings: dict[str, Any] = {"train": TRAIN, "validate": VALIDATE, "lower": False, "fit": FIT} | options
     return pk.compress(model, X, **settings)
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it on the way."""
 
 
 def killer(moment: int) -> Any:

@@ -35,7 +35,7 @@ from prunekern.prune.importance.chip import independence
 from prunekern.prune.importance.cosine import ALONE, leaving
 from prunekern.prune.importance.ensemble import ranks
 from prunekern.prune.importance.lamp import shares
-from tests.planted import CLASSES, SHAPE, Planted, data, grouped, lively
+from tests.planted import CLASSES, SHAPE, FixedBatch, Planted, data, grouped, lively
 
 CALIBRATED = ("fisher", "obd", "obs", "hrank", "chip", "cosine_activation")
 
@@ -269,15 +269,6 @@ def test_only_so_many_rows_are_squared(net: tuple[Any, Groups], monkeypatch: pyt
     assert found.rows == 7
     want = score(groups, "obd", batches=(x[:7], y[:7])).values
     assert torch.equal(score(groups, "obd", batches=[(x[:4], y[:4]), (x[4:], y[4:])]).values, want)
-
-
-class FixedBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(F.relu(self.one(x.view(4, 4)))).view(4, 3)
 
 
 def test_rows_that_cannot_be_run_alone_are_squared_by_batches() -> None:

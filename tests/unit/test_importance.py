@@ -20,7 +20,19 @@ from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
 from prunekern.prune.importance import CRITERIA, Evidence, score
 from tests.networks import random_network
-from tests.planted import CLASSES, PLANTED, SHAPE, WEAK, Planted, data, grouped, lively, planted_network, ranked
+from tests.planted import (
+    CLASSES,
+    PLANTED,
+    SHAPE,
+    WEAK,
+    FixedBatch,
+    Planted,
+    data,
+    grouped,
+    lively,
+    planted_network,
+    ranked,
+)
 
 # ---- planted channels --------------------------------------------------------------------------------------
 
@@ -642,15 +654,6 @@ def test_several_inputs_keywords_and_structured_outputs() -> None:
             assert bool(score(groups, "taylor", batches=batches, loss=loss).values.isfinite().any())
             with pytest.raises(InputError, match="loss \\(cross-entropy\\) fails on calibration batch 0"):
                 score(groups, "taylor", batches=batches)
-
-
-class FixedBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(F.relu(self.one(x.view(4, 4)))).view(4, 3)
 
 
 def test_a_network_of_fixed_batch() -> None:

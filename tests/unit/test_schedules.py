@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from prunekern.prune.rewind import dropnet
 from prunekern.prune.single import Stage, one_at_a_time
 from prunekern.prune.slice import choice_of, sliced_tensors
 from prunekern.prune.target import Target
+from tests.kills import Killed, kill_at
 from tests.training import blobs, same
 
 TRAIN, VALIDATE = blobs(96, 0), blobs(60, 1)
@@ -59,23 +59,6 @@ def trained() -> Net:
 
 def accuracy(model: nn.Module) -> float:
     return training.accuracy(model, VALIDATE)
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it on the way."""
-
-
-def kill_at(target: Any, name: str, moment: int, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
-    real, calls = getattr(target, name), itertools.count()
-
-    def act(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) != moment:
-            return real(*args, **kwargs)
-        if after:
-            real(*args, **kwargs)
-        raise Killed
-
-    monkeypatch.setattr(target, name, act)
 
 
 # ---- how much each step takes --------------------------------------------------------------------------------

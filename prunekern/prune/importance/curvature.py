@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from prunekern.core.labels import FIXED
 from prunekern.graph.inputs import Call
@@ -23,7 +23,7 @@ from prunekern.prune.importance.passes import (
     part,
     splits,
 )
-from prunekern.prune.reference import fitted, replaced
+from prunekern.prune.reference import gated
 
 ROWS = 1024
 """Rows of the data that are looked at, at most: each costs a forward and a backward of its own."""
@@ -92,24 +92,3 @@ def _samples(batches: Iterable[Batch], alone: bool) -> Iterator[tuple[int, Call,
                 yield number, *part(call, target, row, row + 1)
         else:
             yield number, call, target
-
-
-def gated(labels: Labels, gate: Tensor) -> Any:
-    """A hook for ``evaluate`` that multiplies what consumers read of each group by its gate."""
-
-    def before(node: fx.Node, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        args = labels.masked.get(node, ())
-
-        def multiplied(arg: fx.Node, value: Any) -> Any:
-            if arg in args and isinstance(value, Tensor) and value.is_floating_point():
-                for axis, groups in labels.live.get(arg, ()):
-                    shape = [-1 if a == axis else 1 for a in range(value.dim())]
-                    own = groups.clone() if groups.is_inference() else groups    # autograd saves no others
-                    value = value * fitted(gate[own].view(shape), value).to(value.dtype)
-            return value
-
-        return replaced(node, values, multiplied) if args else values
-
-    return before
-
-

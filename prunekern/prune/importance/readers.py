@@ -15,10 +15,10 @@ from prunekern.core.graph import Graph
 from prunekern.core.labels import FIXED
 from prunekern.graph.labels import Labels
 from prunekern.prune.contractions import Contraction, contractions
-from prunekern.prune.importance.curvature import gated
 from prunekern.prune.importance.evidence import Evidence
 from prunekern.prune.importance.passes import Batch, differentiable, first, output_of, part, run, splits
 from prunekern.prune.leastsquares import Moments, at_least_single
+from prunekern.prune.reference import gated
 
 IMAGES, DRAWN = 1024, 256       # rows for moments; rows for curvature, which cost a backward each
 ROWS = 65536                    # output positions that moments are taken over,
