@@ -1,0 +1,305 @@
+"""Every kernel against its own reference in fp64, and that against torch: odd widths, all epilogues, all types."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prunekern_triton.activations import KINDS, REFERENCES
+from prunekern_triton.conv import conv, conv_ref
+from prunekern_triton.depthwise import depthwise, depthwise_ref, pool, pool_ref
+from prunekern_triton.elementwise import KINDS as BINARY
+from prunekern_triton.elementwise import elementwise, elementwise_ref
+from prunekern_triton.epilogue import Epilogue
+from prunekern_triton.gemm import gemm, gemm_launches, gemm_ref
+from prunekern_triton.gemm_tma import gemm_tma
+from prunekern_triton.geometry import Window
+from prunekern_triton.head import head, head_ref
+from prunekern_triton.launch import Config
+from prunekern_triton.mlp import mlp, mlp_ref
+from prunekern_triton.norm import group_norm, group_norm_ref, row_norm, row_norm_ref
+from prunekern_triton.pack import pack_conv, pack_depthwise, pack_linear, pitch
+from prunekern_triton.softmax import softmax, softmax_ref
+from prunekern_triton.stem import im2col, im2col_ref, pack_stem, stem, stem_ref
+
+pytestmark = pytest.mark.interp
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ULPS = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}      # of max|y|: sums in fp32, rounded once
+WIDTHS = (1, 13, 27, 51, 77)
+SMALL = Config(32, 32, 32)
+CONSTANTS = {"leaky_relu": (0.1,), "elu": (1.1, 1.05, 0.9), "softplus": (1.5, 20.0), "clamp": (-0.4, 0.6),
+             "clamp_min": (0.1,), "clamp_max": (0.1,), "threshold": (0.1, 0.2), "hardshrink": (0.5,),
+             "softshrink": (0.5,)}
+
+
+def close(ours: Tensor, exact: Tensor, factor: float = 1.0) -> None:
+    assert exact.dtype == torch.float64
+    assert ours.shape == exact.shape
+    error = float((ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+    assert error <= factor * ULPS[ours.dtype], f"{error:.1e}"
+
+
+def pitched(*shape: int, dtype: torch.dtype, garbage: bool = False) -> Tensor:
+    """Random values with zeros (or NaN) behind each row; the view is what is there."""
+    whole = torch.zeros(*shape[:-1], pitch(shape[-1], dtype), dtype=dtype)
+    whole[..., shape[-1]:] = torch.nan if garbage else 0.0
+    whole[..., :shape[-1]] = torch.randn(shape)
+    return whole
+
+
+def epilogue(m: int, n: int, dtype: torch.dtype, **changes: Any) -> Epilogue:
+    return Epilogue(**{"bias": torch.randn(n), "residual": torch.randn(m, n).to(dtype), "activation": "relu",
+                       **changes})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 13, 27), (5, 77, 51), (33, 1, 77), (70, 51, 13), (3, 10, 1)])
+@pytest.mark.parametrize("split", [1, 2])
+def test_gemm(m: int, n: int, k: int, split: int, dtype: torch.dtype) -> None:
+    a = pitched(m, k, dtype=dtype)
+    b = pack_linear(torch.randn(n, k).to(dtype), a.shape[1])
+    after = epilogue(m, n, dtype)
+    ours = gemm(a, b, n, after, config=Config(32, 32, 16, split=split))
+    close(ours, gemm_ref(a.double(), b, n, after))
+    close(ours, torch.relu(a[:, :k].double() @ b[:n, :k].double().t() + after.bias + after.residual))
+
+
+@pytest.mark.parametrize(("bias", "scale", "residual", "last"),
+                         list(itertools.product((0, 1), (0, 1), (0, 1), (0, 1))))
+def test_every_epilogue(bias: int, scale: int, residual: int, last: int) -> None:
+    m, n, k = 37, 27, 20
+    a, b = torch.randn(m, k), pack_linear(torch.randn(n, k), k)
+    after = Epilogue(torch.randn(n) if bias else None, torch.randn(n) if scale else None,
+                     torch.randn(m, n) if residual else None, bool(last), "tanh")
+    for split in (1, 3):
+        close(gemm(a, b, n, after, config=Config(16, 16, 16, split=split)), gemm_ref(a.double(), b, n, after), 4)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_activations(kind: str) -> None:
+    """To a few units in the last place of every single value."""
+    x = torch.cat([torch.linspace(-30, 30, 3001), torch.linspace(-1e-2, 1e-2, 1095)])
+    if kind in ("log", "log1p", "sqrt", "rsqrt", "reciprocal"):
+        x = x.abs() + 1e-4
+    ours = elementwise(x.view(1, -1, 16), activation=kind, constants=CONSTANTS.get(kind, ())).flatten().double()
+    exact, own = (REFERENCES[kind](each, *CONSTANTS.get(kind, ())).double() for each in (x.double(), x))
+    floor = 1e-7 * exact.abs().max() if kind in ("gelu", "gelu_tanh", "sin", "cos") else 1e-30
+    assert float(((ours - exact).abs() / (exact.abs() + floor)).max()) <= max(
+        5e-7, 2 * float(((own - exact).abs() / (exact.abs() + floor)).max()))
+    odd = torch.tensor([torch.nan, 1e4, 0.0, 50.0]).repeat(4)
+    found = elementwise(odd.view(1, 1, 16), activation=kind, constants=CONSTANTS.get(kind, ())).flatten()
+    wanted = REFERENCES[kind](odd, *CONSTANTS.get(kind, ()))
+    if kind != "sign":                              # torch gives 0 for NaN
+        assert torch.equal(found.isnan(), odd.isnan())
+    there = ~odd.isnan()
+    torch.testing.assert_close(found[there], wanted[there], rtol=1e-6, atol=1e-6)
+
+
+def test_what_lies_behind_the_columns_is_zero_and_the_rest_untouched() -> None:
+    a, b = torch.randn(40, 16), pack_linear(torch.randn(13, 16), 16)
+    for split in (1, 2):
+        whole = torch.full((42, 24), 7.0)
+        for launch in gemm_launches(a, b, whole[1:41, 4:20], 13, Epilogue(activation="sigmoid"),
+                                    config=Config(16, 16, 16, split=split)):
+            launch()
+        close(whole[1:41, 4:17], torch.sigmoid(a.double() @ b[:13].double().t()))
+        assert not whole[1:41, 17:20].any()
+        whole[1:41, 4:20] = 7.0
+        assert (whole == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gemm_tma(dtype: torch.dtype) -> None:
+    a = pitched(150, 51, dtype=dtype)
+    b = pack_linear(torch.randn(77, 51).to(dtype), a.shape[1])
+    after = epilogue(150, 77, dtype)
+    close(gemm_tma(a, b, 77, after, config=Config(64, 32, 32), programs=3), gemm_ref(a.double(), b, 77, after))
+
+
+# kernel, stride, (low, high) padding, dilation
+GEOMETRIES = (((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)), ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1)),
+              ((1, 5), (1, 2), ((0, 0), (2, 2)), (1, 1)), ((3, 2), (2, 1), ((2, 2), (0, 1)), (2, 3)),
+              ((1, 1), (2, 2), ((0, 0), (0, 0)), (1, 1)), ((5, 5), (3, 3), ((2, 2), (2, 2)), (1, 1)))
+
+
+def torch_conv(x: Tensor, weight: Tensor, geometry: Any, groups: int = 1) -> Tensor:
+    """``[N, H, W, C]`` by torch's own operator, in fp64."""
+    _, stride, padding, dilation = geometry
+    (top, bottom), (left, right) = padding
+    wide = functional.pad(x.double().permute(0, 3, 1, 2), (left, right, top, bottom))
+    return functional.conv2d(wide, weight.double(), None, stride, 0, dilation, groups).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), [(13, 27), (51, 5), (32, 77)])
+@pytest.mark.parametrize("split", [1, 2])
+def test_conv(geometry: Any, channels: int, outputs: int, split: int) -> None:
+    dtype = torch.float32
+    x, weight = pitched(2, 9, 8, channels, dtype=dtype), torch.randn(outputs, channels, *geometry[0])
+    window = Window.of((9, 8), *geometry)
+    b, after = pack_conv(weight, 1, x.shape[3]), epilogue(2 * window.out[0] * window.out[1], outputs, dtype)
+    ours = conv(x, b, outputs, window, after, config=Config(64, 32, 32, split=split))
+    exact = torch_conv(x[..., :channels], weight, geometry)
+    close(ours, torch.relu(exact + after.bias + after.residual.view(exact.shape)))
+    close(ours, conv_ref(x.double(), b, outputs, window, after))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_conv_in_half(dtype: torch.dtype) -> None:
+    x, weight = pitched(1, 7, 7, 13, dtype=dtype), torch.randn(27, 13, 3, 3).to(dtype)
+    window = Window.of((7, 7), *GEOMETRIES[0])
+    close(conv(x, pack_conv(weight, 1, x.shape[3]), 27, window, config=SMALL), torch_conv(x[..., :13], weight,
+                                                                                         GEOMETRIES[0]))
+    close(stem(x, pack_stem(weight, x.shape[3]), 27, window, config=SMALL), torch_conv(x[..., :13], weight,
+                                                                                      GEOMETRIES[0]))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize(("channels", "outputs", "groups"), [(8, 8, 2), (15, 21, 3), (12, 24, 12), (64, 64, 2)])
+def test_grouped_conv(channels: int, outputs: int, groups: int, split: int) -> None:
+    x, weight = pitched(2, 6, 5, channels, dtype=torch.float32), torch.randn(outputs, channels // groups, 3, 3)
+    window, own = Window.of((6, 5), *GEOMETRIES[0]), channels // groups
+    b, after = pack_conv(weight, groups, own), epilogue(60, outputs, torch.float32)
+    ours = conv(x, b, outputs, window, after, groups=groups, channels=own, config=Config(32, 16, 16, split=split))
+    exact = torch_conv(x[..., :channels], weight, GEOMETRIES[0], groups)
+    close(ours, torch.relu(exact + after.bias + after.residual.view(exact.shape)))
+    close(ours, conv_ref(x.double(), b, outputs, window, after, groups=groups, channels=own))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), [(1, 13), (3, 27), (13, 5)])
+def test_stem_and_im2col(geometry: Any, channels: int, outputs: int) -> None:
+    x, weight = pitched(2, 9, 8, channels, dtype=torch.float32), torch.randn(outputs, channels, *geometry[0])
+    window = Window.of((9, 8), *geometry)
+    b, after = pack_stem(weight, x.shape[3]), epilogue(2 * window.out[0] * window.out[1], outputs, torch.float32)
+    exact = torch_conv(x[..., :channels], weight, geometry)
+    ours = stem(x, b, outputs, window, after, config=Config(64, 32, 32))
+    close(ours, torch.relu(exact + after.bias + after.residual.view(exact.shape)))
+    close(ours, stem_ref(x.double(), b, outputs, window, after))
+    matrix = im2col(x, window)
+    assert torch.equal(matrix, im2col_ref(x, window))
+    close(gemm(matrix, b, outputs, config=SMALL), exact.flatten(0, 2))
+
+
+def test_stem_needs_no_zeros_between_images_of_three_channels() -> None:
+    """An image at its own pitch of 3."""
+    x, weight = torch.randn(2, 6, 6, 3), torch.randn(5, 3, 3, 3)
+    window = Window.of((6, 6), *GEOMETRIES[0])
+    close(stem(x, pack_stem(weight, 3), 5, window, config=SMALL), torch_conv(x, weight, GEOMETRIES[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_depthwise(geometry: Any, dtype: torch.dtype) -> None:
+    x, weight = pitched(2, 9, 8, 27, dtype=dtype, garbage=True)[..., :27], torch.randn(27, 1, *geometry[0]).to(dtype)
+    window = Window.of((9, 8), *geometry)
+    b, after = pack_depthwise(weight, 32), epilogue(2 * window.out[0] * window.out[1], 27, dtype, activation="silu")
+    exact = torch_conv(x, weight, geometry, 27)
+    ours = depthwise(x, b, window, after)
+    close(ours, functional.silu(exact + after.bias + after.residual.view(exact.shape)))
+    close(ours, depthwise_ref(x.double(), b, window, after))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "pad", "ceil"), [(2, 2, 0, False), (3, 2, 1, False), (3, 2, 1, True),
+                                                               (2, 2, 0, True)])
+def test_pools(kernel: int, stride: int, pad: int, ceil: bool, dtype: torch.dtype) -> None:
+    x = pitched(2, 9, 7, 13, dtype=dtype, garbage=True)[..., :13]
+    planes = x.double().permute(0, 3, 1, 2)
+
+    def window(out: Tensor) -> Window:
+        two = (kernel, kernel), (stride, stride), (pad, pad), (1, 1)
+        return Window(*two, (out.shape[2], out.shape[3]))
+    exact = functional.max_pool2d(planes, kernel, stride, pad, ceil_mode=ceil)
+    ours = pool(x, window(exact), "max")
+    assert torch.equal(ours.double(), exact.permute(0, 2, 3, 1))
+    assert torch.equal(ours, pool_ref(x, window(exact), "max"))
+    for include, divisor in ((True, 0), (False, 0), (True, 3)):
+        exact = functional.avg_pool2d(planes, kernel, stride, pad, ceil, include, divisor or None)
+        options = {"include": include, "divisor": divisor, "high": (pad, pad)}
+        close(pool(x, window(exact), "avg", **options), exact.permute(0, 2, 3, 1))
+        close(pool_ref(x, window(exact), "avg", **options), exact.permute(0, 2, 3, 1), 4)
+
+
+def test_the_maximum_of_a_window_with_nan_is_nan() -> None:
+    x = torch.randn(1, 4, 4, 3)
+    x[0, 1, 1, 0] = torch.nan
+    exact = functional.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    ours = pool(x, Window.of((4, 4), (2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1)), "max")
+    torch.testing.assert_close(ours, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 10, 77, 1000])
+def test_softmax(n: int, dtype: torch.dtype) -> None:
+    x = (5 * torch.randn(33, n)).to(dtype)
+    for log in (False, True):
+        close(softmax(x, log), softmax_ref(x.double(), log))
+    x[0] = -torch.inf
+    assert softmax(x)[0].isnan().all()              # as torch has it
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 13, 77, 300])
+def test_row_norms(n: int, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(21, n) * 3 + 5).to(dtype), torch.randn(n), torch.randn(n)
+    for centred, shift in ((True, bias), (False, None), (True, None)):
+        exact = row_norm_ref(x.double(), weight, shift, 1e-5, centred)
+        close(row_norm(x, weight, shift, 1e-5, centred), exact, 4)
+    close(row_norm(x, weight, bias, 1e-5),
+          functional.layer_norm(x.double(), [n], weight.double(), bias.double(), 1e-5), 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "groups"), [(12, 3), (13, 1), (10, 10), (77, 7)])
+def test_group_norm(n: int, groups: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(2, 30, n) + 2).to(dtype)
+    weight, bias = torch.randn(n), torch.randn(n)
+    ours = group_norm(x, groups, weight, bias, 1e-5)
+    close(ours, group_norm_ref(x.double(), groups, weight, bias, 1e-5), 4)
+    exact = functional.group_norm(x.double().transpose(1, 2), groups, weight.double(), bias.double(), 1e-5)
+    close(ours, exact.transpose(1, 2), 4)
+    close(group_norm(x, groups, None, None, 1e-5), group_norm_ref(x.double(), groups, None, None, 1e-5), 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", BINARY)
+def test_binary(kind: str, dtype: torch.dtype) -> None:
+    x = pitched(2, 15, 13, dtype=dtype, garbage=True)[..., :13]
+    for shape in ((2, 15, 13), (2, 1, 13), (2, 15, 1), (1, 1, 13), (1, 1, 1)):
+        y = (torch.rand(shape) + 0.5).to(dtype)
+        close(elementwise(x, y, kind, activation="relu"),
+              elementwise_ref(x.double(), y.double(), kind, activation="relu"))
+
+
+def test_scale_and_shift() -> None:
+    x, scale, shift = torch.randn(2, 15, 13), torch.randn(13), torch.randn(13)
+    close(elementwise(x, scale=scale, shift=shift), x.double() * scale + shift)
+    close(elementwise(x, scale=scale, shift=shift), elementwise_ref(x.double(), scale=scale, shift=shift))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "outputs"), [(13, 10), (77, 51), (130, 5)])
+def test_head(channels: int, outputs: int, dtype: torch.dtype) -> None:
+    x = pitched(3, 49, channels, dtype=dtype)
+    b = pack_linear(torch.randn(outputs, channels).to(dtype), x.shape[2])
+    after = epilogue(3, outputs, dtype, activation="")
+    close(head(x, b, outputs, after), head_ref(x.double(), b, outputs, after))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", [(40, 10), (51, 77, 13), (13, 100, 1)])
+@pytest.mark.parametrize("m", [1, 17])
+def test_mlp(m: int, widths: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = pitched(m, 77, dtype=dtype)
+    sizes = (x.shape[1], *widths)
+    layers = [(pack_linear((torch.randn(n, k) / k ** 0.5).to(dtype), k), torch.randn(n), n,
+               "sigmoid" if number + 1 < len(widths) else "")
+              for number, (k, n) in enumerate(itertools.pairwise(sizes))]
+    close(mlp(x, layers), mlp_ref(x.double(), layers), 3)
