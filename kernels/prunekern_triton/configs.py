@@ -25,8 +25,8 @@ _HALF = {
          C(64, 16, 64, 4, 4)),
     86: (C(128, 128, 32, 8, 3), C(128, 64, 32, 4, 4), C(64, 64, 64, 4, 3), C(64, 32, 64, 4, 4), C(128, 32, 32, 4, 4),
          C(64, 16, 64, 4, 4)),
-    90: (C(128, 256, 64, 8, 3), C(128, 128, 64, 8, 4), C(128, 64, 64, 4, 4), C(64, 128, 64, 4, 4), C(64, 64, 64, 4, 4),
-         C(64, 32, 64, 4, 4), C(128, 32, 64, 4, 4), C(64, 16, 64, 4, 4)),
+    90: (C(128, 128, 64, 8, 4), C(128, 64, 64, 4, 4), C(64, 128, 64, 4, 4),
+         C(64, 64, 64, 4, 4), C(64, 32, 64, 4, 4), C(128, 32, 64, 4, 4), C(64, 16, 64, 4, 4)),
 }
 _TF32 = {
     "small": (C(16, 64, 32, 4, 4), C(16, 32, 64, 2, 3), C(32, 64, 32, 4, 4)),
@@ -86,10 +86,14 @@ def choose(op: str, dtype: torch.dtype, m: int, n: int, k: int, precision: str =
     if INTERPRETED:
         return interpreted(m, n, k)
     arch, units = arch or architecture(), units or multiprocessors()
-    kind = arithmetic(dtype, precision)
-    options = [c for c in candidates(kind, arch) if c.m <= max(16, 2 * m) and c.n <= max(16, 2 * n)]
-    best = min(options, key=lambda c: _seconds(c, m, n, k, units))
+    best = ranked(arithmetic(dtype, precision), arch, m, n, k, units)[0]
     return _split(best, m, n, k, units) if op == "gemm" else best
+
+
+def ranked(kind: str, arch: int, m: int, n: int, k: int, units: int) -> list[Config]:
+    """The candidates for a product, best guess first."""
+    options = [c for c in candidates(kind, arch) if c.m <= max(16, 2 * m) and c.n <= max(16, 2 * n)]
+    return sorted(options, key=lambda c: _seconds(c, m, n, k, units))
 
 
 def interpreted(m: int, n: int, k: int) -> Config:

@@ -1,6 +1,6 @@
-"""Global mean pooling and the classifier behind it in one launch: no pooled vector is written in between.
+"""Global mean pooling, alone or with the classifier behind it in one launch: no pooled vector is written in between.
 
-For small batches, where launches cost more than reading an image once for each block of outputs.
+The latter for small batches, where launches cost more than reading an image once for each block of outputs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,43 @@ def head_kernel(x, b, c, bias, scale, residual, M, N, NP, P, C, ldx, ldb, ldc, l
         acc += tl.sum(w.to(tl.float32) * mean[None, :], 1)
     y = finish(acc[None, :], at, cols, (image < M)[:, None], bias, scale, residual, ldr, N, LAST, ACT, P0, P1, P2)
     tl.store(c + at[:, None] * ldc + cols[None, :], y.to(c.dtype.element_ty), mask=(cols < NP)[None, :])
+
+
+@triton.jit
+def mean_kernel(x, c, P, C, NP, ldx, ldc, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    """c [images, NP] = mean over P positions of x [images, P, C], zeros from C on."""
+    image = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    channels = tl.program_id(1) * BC + tl.arange(0, BC)
+    there = (channels < C)[None, :]
+    total = tl.zeros((BP, BC), tl.float32)
+    for p in range(0, P, BP):
+        spots = p + tl.arange(0, BP)
+        total += tl.load(x + (image * P + spots)[:, None] * ldx + channels[None, :], mask=(spots < P)[:, None] & there,
+                         other=0.0).to(tl.float32)
+    tl.store(c + image * ldc + channels, (tl.sum(total, 0) / P).to(c.dtype.element_ty), mask=channels < NP)
+
+
+def mean_launches(x: Tensor, c: Tensor, n: int, images: int) -> tuple[Launch, ...]:
+    """The launch for ``x [images * positions, >= n]``; c ``[images, >= n]``, zeros from n on."""
+    positions, width = x.shape[0] // images, c.shape[1]
+    high, across = (1024, 256) if INTERPRETED else (32, 32)
+    high, across = power(min(positions, high)), power(min(width, across))
+    args = {"x": x, "c": c, "P": positions, "C": n, "NP": width, "ldx": x.stride(0), "ldc": c.stride(0)}
+    return (Launch(mean_kernel, (images, tiles(width, across)), args, {
+        "WIDE": is_wide(x, c), "BP": high, "BC": across}, 4, 2),)
+
+
+def mean(x: Tensor) -> Tensor:
+    """``[images, C]`` from ``[images, positions, C]``; see ``mean_launches``."""
+    c = torch.empty(x.shape[0], x.shape[2], dtype=x.dtype, device=x.device)
+    for launch in mean_launches(x.flatten(0, 1), c, x.shape[2], x.shape[0]):
+        launch()
+    return c
+
+
+def mean_ref(x: Tensor) -> Tensor:
+    """``mean`` in plain torch."""
+    return x.mean(1)
 
 
 def head_launches(x: Tensor, b: Tensor, c: Tensor, n: int, images: int, channels: int,

@@ -24,7 +24,7 @@ from tests.models import make
 from tests.weights import randomise_
 from tests.zoo import ZOO
 
-USABLE = [backend.name for backend in BACKENDS if backend.unavailable() is None]
+USABLE = [b.name for b in BACKENDS if b.unavailable() is None and "cpu" in b.devices]
 SAMPLES = REGISTRY.samples()
 LIMIT = 1e-11       # fp64, relative to the largest value; deep and normalised networks amplify the last place
 SMALL = ("fashion", "lenet", "mlp", "resnet20", "mobilenet_v2", "densenet121", "resnet18")

@@ -19,7 +19,7 @@ from prunekern_triton.epilogue import Epilogue
 from prunekern_triton.gemm import gemm, gemm_launches, gemm_ref
 from prunekern_triton.gemm_tma import gemm_tma
 from prunekern_triton.geometry import Window
-from prunekern_triton.head import head, head_ref
+from prunekern_triton.head import head, head_ref, mean, mean_ref
 from prunekern_triton.launch import Config
 from prunekern_triton.mlp import mlp, mlp_ref
 from prunekern_triton.norm import group_norm, group_norm_ref, row_norm, row_norm_ref
@@ -291,6 +291,13 @@ def test_head(channels: int, outputs: int, dtype: torch.dtype) -> None:
     b = pack_linear(torch.randn(outputs, channels).to(dtype), x.shape[2])
     after = epilogue(3, outputs, dtype, activation="")
     close(head(x, b, outputs, after), head_ref(x.double(), b, outputs, after))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("positions", "channels"), [(1, 13), (49, 77), (900, 5)])
+def test_mean(positions: int, channels: int, dtype: torch.dtype) -> None:
+    x = pitched(3, positions, channels, dtype=dtype, garbage=True)[..., :channels] + 1
+    close(mean(x.contiguous()), mean_ref(x.double()), 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,7 +47,7 @@ class Layout:
     def __init__(self, program: Program, signature: Signature, kernels: Kernels) -> None:
         self.program, self.batch, self.device = program, signature.batch, signature.device
         self.producers, self.consumers = program.producers(), program.consumers()
-        self.arena = arena_of(program, self.batch, kernels)
+        self.arena = self.planned(kernels)
         self.memory = torch.empty(self.arena.size, dtype=torch.uint8, device=self.device)
         self.index = {name: i for i, name in enumerate(program.slots())}
         self.values: list[Any] = [None] * len(self.index)
@@ -58,6 +58,10 @@ class Layout:
             self.hints[slot.name] = torch.empty(slot.at(self.batch), dtype=slot.dtype, device="meta")
         self._weights: dict[str, Tensor] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
+
+    def planned(self, kernels: Kernels) -> Arena:
+        """Where values live; backends that give them more room than their elements take say so here."""
+        return arena_of(self.program, self.batch, kernels)
 
     def shape(self, slot: Slot) -> Shape:
         return slot.at(self.batch)
@@ -180,12 +184,13 @@ class ReferencePlacement:
     """See ``backends.base.Placement``. One run at a time; others wait."""
 
     rows: Mapping[str, str] = MappingProxyType({})
+    layout_class: type[Layout] = Layout
 
     def __init__(self, program: Program, signature: Signature, kernels: Kernels) -> None:
         self.program, self.signature = program, signature
         self._lock = threading.Lock()
         with torch.inference_mode():
-            layout = Layout(program, signature, kernels)
+            layout = self.layout_class(program, signature, kernels)
             self._kernels = [self._compile(layout, step, kernels.compilers) for step in program.steps]
         self.algorithms, self.arena = layout.algorithms, layout.arena
         self._values = layout.values

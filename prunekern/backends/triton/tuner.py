@@ -1,0 +1,163 @@
+"""Chooses how a product runs: by the shipped table and a model of the chip, or by what is fastest on this GPU.
+
+Candidates are timed on the step's own buffers, each as a CUDA graph of several launches, so that neither launching nor
+compiling is in the figures. What was found is kept on disk by shape, type, epilogue and device, and never measured in a
+call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+from prunekern.backends.triton.options import Options
+from prunekern.core.files import cache_folder, write_text
+from prunekern.errors import PrunekernError
+from prunekern_triton import configs, gemm_tma
+from prunekern_triton.launch import Config, Launch
+
+log = logging.getLogger("prunekern")
+
+VERSION = 1             # of what is on disk; kernels that change much are a new one
+TMA, IM2COL = "TMA", "im2col"
+LIKELY = 5              # candidates of a "quick" measurement
+REPEATS, ROUNDS = 10, 5
+MOST = 1 << 28          # bytes that explicit im2col may take
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute a product: a kernel ('' for the usual one) and its config."""
+
+    kind: str
+    config: Config
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.config}".strip()
+
+
+Make = Callable[[Variant], tuple[Launch, ...]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is multiplied. op: gemm, conv, stem or groups; more: whatever else the time depends on."""
+
+    op: str
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    precision: str
+    more: str = ""
+
+
+class Selector:
+    """Answers which variant runs a problem on one device."""
+
+    def __init__(self, options: Options, device: torch.device, hasty: bool,
+                 clock: Callable[[Sequence[Launch]], float] | None = None) -> None:
+        self.device, self.mode = device, "off" if hasty or (device.type == "cpu" and clock is None) else options.tuning
+        self.clock = clock or device_seconds
+        index = device.index if device.type == "cuda" else None
+        self.arch, self.units = configs.architecture(index), configs.multiprocessors(index)
+
+    def select(self, problem: Problem, make: Make, fits_tma: bool = False) -> Variant:
+        """The guess, or what was measured for this problem before, or is measured now."""
+        guess = self.guess(problem)
+        if self.mode == "off":
+            return guess
+        key = self._key(problem)
+        found = kept(key)
+        if found is None:
+            found = self._fastest(self.variants(problem, guess, fits_tma), make) or guess
+            keep(key, found)
+        return found
+
+    def guess(self, problem: Problem) -> Variant:
+        """By the model; only kernels with a split depth for whoever sums up parts."""
+        op = "conv" if problem.op == "stem" else "gemm"
+        return Variant("", configs.choose(op, problem.dtype, problem.m, problem.n, problem.k, problem.precision,
+                                          self.arch, self.units))
+
+    def variants(self, problem: Problem, guess: Variant, fits_tma: bool) -> list[Variant]:
+        """What to measure, likely ones first: the guess, other tiles, other kernels."""
+        kind = configs.arithmetic(problem.dtype, problem.precision)
+        others = [Variant("", c) for c in configs.ranked(kind, self.arch, problem.m, problem.n, problem.k, self.units)]
+        most = len(others) if self.mode == "full" else LIKELY
+        found = list(dict.fromkeys([guess, *others[:most]]))
+        if fits_tma and self.arch >= 90 and kind in gemm_tma.CONFIGS and problem.m >= 64:
+            found += [Variant(TMA, c) for c in gemm_tma.CONFIGS[kind]]
+        if problem.op in ("conv", "stem") and problem.m * problem.k * problem.dtype.itemsize <= MOST:
+            found += [Variant(IM2COL, c) for c in dict.fromkeys([guess.config, *(v.config for v in others[:2])])]
+        return found
+
+    def _fastest(self, variants: Sequence[Variant], make: Make) -> Variant | None:
+        """None where none of them runs."""
+        best: tuple[float, Variant] | None = None
+        for variant in variants:
+            try:
+                seconds = self.clock(make(variant))
+            except (RuntimeError, triton.TritonError) as error:     # more shared memory or registers than the chip has
+                log.info("%s does not run here: %s", variant, str(error).splitlines()[0] if str(error) else error)
+                continue
+            if best is None or seconds < best[0]:
+                best = seconds, variant
+        return None if best is None else best[1]
+
+    def _key(self, problem: Problem) -> str:
+        """Names what was measured: the problem, the device, the versions, and how thoroughly."""
+        told = [VERSION, asdict(problem), device_name(self.device), triton.__version__, torch.__version__, self.mode]
+        return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:32]
+
+
+@lru_cache
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_seconds(launches: Sequence[Launch]) -> float:
+    """The least seconds of these launches on the current CUDA device, by its own clock."""
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph, start, end = torch.cuda.CUDAGraph(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(
+        enable_timing=True)
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(REPEATS):
+            for launch in launches:
+                launch()
+    best = float("inf")
+    for _ in range(ROUNDS):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) * 1e-3 / REPEATS)
+    return best
+
+
+# ---- on disk -----------------------------------------------------------------------------------------------------
+
+
+def kept(key: str) -> Variant | None:
+    """What cannot be read is measured again."""
+    try:
+        told = json.loads((cache_folder("triton") / f"{key}.json").read_text(encoding="utf-8"))
+        return Variant(str(told["kind"]), Config(**told["config"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def keep(key: str, variant: Variant) -> None:
+    try:
+        write_text(cache_folder("triton") / f"{key}.json", json.dumps(asdict(variant), indent=1) + "\n")
+    except (OSError, PrunekernError) as error:
+        log.info("the tuning is not kept: %s", error)
