@@ -61,7 +61,7 @@ def planted(model: nn.Module, x: Tensor, gone: dict[str, Sequence[int]], **optio
     keep = without(groups, gone)
     sliced = slice_class(model, groups, keep, REGISTRY)
     before = far(sliced, model, x)
-    reconstruct(sliced, groups, keep, x, **{"ridge": 1e-10, **options})
+    reconstruct(sliced, groups, keep, x, **{"ridge": 1e-10, "passes": 0, **options})
     return before, far(sliced, model, x), sliced
 
 
@@ -234,7 +234,7 @@ def test_few_images_are_not_fitted_to_the_letter(monkeypatch: pytest.MonkeyPatch
 
     def error() -> float:
         sliced = slice_class(model, groups, keep, REGISTRY)
-        reconstruct(sliced, groups, keep, images(12))
+        reconstruct(sliced, groups, keep, images(12), passes=0)
         return far(sliced, model, others)
     before, careful = far(slice_class(model, groups, keep, REGISTRY), model, others), error()
     monkeypatch.setattr(module, "HELD", 10**6)
@@ -521,7 +521,7 @@ def test_memory_is_respected_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
                     if isinstance(value, Tensor)}
             peak[0] = max(peak[0], sum(held.values()))
     monkeypatch.setattr(module, "Walker", Watched)
-    said = reconstruct(slice_class(model, groups, keep, REGISTRY), groups, keep, x.split(16), memory=5e5)
+    said = reconstruct(slice_class(model, groups, keep, REGISTRY), groups, keep, x.split(16), memory=5e5, passes=0)
     assert 20 < said.images < 200
     assert said.notes == (f"reconstruction used {said.images} images: the activations of more do not fit into "
                           "0.0005 GB",)
@@ -602,7 +602,7 @@ def test_activations_that_are_no_numbers_leave_the_weights_alone() -> None:
 
 
 @pytest.mark.parametrize("options", [{"images": 0}, {"rows": -1}, {"ridge": -0.1}, {"ridge": float("nan")},
-                                     {"memory": 0}])
+                                     {"memory": 0}, {"passes": -1}, {"work": float("nan")}])
 def test_options_that_make_no_sense_are_told(options: dict[str, Any]) -> None:
     model = lively(Fixed())
     groups = groups_of(model, rows(6)[:3])
