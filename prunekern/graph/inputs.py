@@ -36,20 +36,21 @@ class Call:
         args, kwargs = pytree.tree_map_only(Tensor, fn, (self.args, dict(self.kwargs)))
         return Call(args, kwargs)
 
-    def _has_batch(self, tensor: Tensor) -> bool:
+    def has_batch(self, tensor: Tensor) -> bool:
+        """Whether axis 0 of an input is as long as the batch, and so taken for it."""
         return tensor.dim() > 0 and tensor.shape[0] == self.batch
 
     def doubled(self) -> Call:
         """A batch of one, repeated: size 1 cannot be told from a broadcast axis."""
         if self.batch != 1:
             return self
-        return self.map(lambda t: torch.cat((t, t)) if self._has_batch(t) else t)
+        return self.map(lambda t: torch.cat((t, t)) if self.has_batch(t) else t)
 
     @property
     def whole(self) -> bool:
         """Whether the rows belong together: integers of another leading size (the edges of a graph) may be their
         numbers."""
-        return any(t.dim() > 0 and not t.is_floating_point() and not self._has_batch(t)
+        return any(t.dim() > 0 and not t.is_floating_point() and not self.has_batch(t)
                    for _, t in self.named_tensors())
 
     def resized(self, batch: int) -> Call:
@@ -57,7 +58,7 @@ class Call:
         if self.batch in (None, batch) or self.whole:
             return self
         rows = torch.arange(batch) % (self.batch or 1)
-        return self.map(lambda t: t.index_select(0, rows.to(t.device)) if self._has_batch(t) else t)
+        return self.map(lambda t: t.index_select(0, rows.to(t.device)) if self.has_batch(t) else t)
 
     def dynamic_shapes(self, model: nn.Module, dim: Any) -> Any:
         """The torch.export spec that frees axis 0 of every tensor with the batch; None where there is none."""
@@ -68,7 +69,7 @@ class Call:
             if dataclasses.is_dataclass(leaf):                # export wants a list of its fields
                 return [tree(child) for field in dataclasses.fields(leaf)
                         if (child := getattr(leaf, field.name)) is not None]
-            return {0: dim} if isinstance(leaf, Tensor) and self._has_batch(leaf) else None
+            return {0: dim} if isinstance(leaf, Tensor) and self.has_batch(leaf) else None
 
         def tree(value: Any) -> Any:
             return pytree.tree_map(spec, value, is_leaf=dataclasses.is_dataclass)

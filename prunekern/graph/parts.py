@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from types import CellType
+from types import CellType, MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,14 +35,27 @@ def copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return _copied(module, memo)
 
 
-def ghost(model: nn.Module) -> nn.Module:
+def tensors_of(model: nn.Module) -> tuple[dict[str, str], dict[str, str], dict[str, Tensor]]:
+    """(every name -> canonical name, tied name -> canonical name, canonical name -> tensor)."""
+    canonical: dict[str, str] = {}
+    first: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        canonical[name] = first.setdefault(id(tensor), name)
+        tensors.setdefault(canonical[name], tensor)
+    return canonical, {n: c for n, c in canonical.items() if n != c}, tensors
+
+
+def ghost(model: nn.Module, stand_ins: Mapping[int, Tensor] = MappingProxyType({})) -> nn.Module:
     """A copy that shares every tensor, for running a forward that leaves things behind on its modules; the model
-    itself where it cannot be copied, or where a function put in place of a forward or a hook holds on to it."""
+    itself where it cannot be copied, or where a function put in place of a forward or a hook holds on to it.
+
+    stand_ins: id of a tensor -> what the copy has in its place."""
     if any(_holds(function) for module in model.modules() for function in _functions(module)):
         return model
     tensors = [leaf for module in model.modules() for leaf in pytree.tree_leaves(list(vars(module).values()))
                if isinstance(leaf, Tensor)]
-    made = copied(model, {id(tensor): tensor for tensor in tensors})
+    made = copied(model, {id(tensor): stand_ins.get(id(tensor), tensor) for tensor in tensors})
     return model if isinstance(made, Parts) else made
 
 

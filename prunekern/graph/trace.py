@@ -1,4 +1,5 @@
-"""Capture a model as a Graph: torch.export (non-strict) with a free batch, with two honest fallbacks."""
+"""Capture a model as a Graph, its batch free: by two recordings where they tell all, else by torch.export (non-strict)
+and two honest fallbacks."""
 
 from __future__ import annotations
 
@@ -7,33 +8,29 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import Dim as ExportDim
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 from prunekern.core import structure
-from prunekern.core.graph import Dim, Graph, place
+from prunekern.core.graph import Graph
 from prunekern.errors import InputError, ModelError, TraceError
-from prunekern.graph.evaluate import evaluate
 from prunekern.graph.inline import inline_grad_modes
 from prunekern.graph.inputs import Call, as_call
 from prunekern.graph.measured import Read, Reading, assumed, measured, read_numbers
-from prunekern.graph.parts import ghost
+from prunekern.graph.once import capture_once, run_forward
+from prunekern.graph.parts import ghost, tensors_of
 from prunekern.graph.refusal import refusal
-from prunekern.graph.states import PackedCounts, follow_weights, write_all
+from prunekern.graph.sizes import LABEL_BATCH, Sizes, dims_of
+from prunekern.graph.states import follow_weights, write_all
+from prunekern.graph.twice import capture_twice
 from prunekern.graph.unwrap import check_kind, unwrap
 
-LABEL_BATCH = 2
 Way = tuple[Call, Any, tuple[str, ...]]     # inputs, sizes that are free, what to say of it
-NEARBY = 0.01         # noise on the inputs that a recording must also hold for
 NOISY = ("torch.export", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -46,7 +43,7 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_train: bool = False, w
 
     Raises ModelError (not a Module, training mode, NaN, mixed devices), InputError (the forward fails on the
     inputs; the user's own error is chained) and TraceError (control flow that depends on data).
-    Source: torch.export (PyTorch 2 export, training IR); fallback: torch.fx make_fx.
+    Source: torch.export (PyTorch 2 export, training IR), whose graphs two recordings reproduce; fallback: make_fx.
     """
     check_model(model, allow_train)
     model, notes = unwrap(model)
@@ -93,6 +90,8 @@ def check_devices(model: nn.Module, call: Call) -> None:
 def _capture(model: nn.Module, call: Call, example_batch: int, widen: bool) -> Graph:
     """Free batch first; then fixed, at two for a batch of one; then the batch of one itself."""
     wide = call.doubled() if widen else call
+    with contextlib.suppress(Exception):        # whatever it raises, torch.export is asked
+        return capture_twice(model, wide.map(lambda t: t.detach()), example_batch)
     fixed = "the forward fixes its batch size; the graph holds for batch {} only"
     ways: list[Way] = [(wide, None, (fixed.format(wide.batch),))]
     if wide.batch is not None:
@@ -126,15 +125,15 @@ def _exported(model: nn.Module, call: Call, spec: Any) -> torch.export.ExportedP
     export would take for inputs that are written to."""
     made = ghost(model)
     program = torch.export.export(made, call.args, dict(call.kwargs), strict=False, dynamic_shapes=spec)
-    if {*_tensors(made)[0]} == {*_tensors(model)[0]}:
+    if {*tensors_of(made)[0]} == {*tensors_of(model)[0]}:
         return program
     made = ghost(model)
-    _run(made, call)
+    run_forward(made, call)
     return torch.export.export(made, call.args, dict(call.kwargs), strict=False, dynamic_shapes=spec)
 
 
 def _fallback(model: nn.Module, call: Call, example_batch: int, widen: bool, failures: list[Exception]) -> Graph:
-    outputs = _run(ghost(model), call)
+    outputs = run_forward(ghost(model), call)
     names = structure.register(outputs)
     if names:                             # export takes such outputs apart now
         graph = _capture(model, call, example_batch, widen)
@@ -145,61 +144,9 @@ def _fallback(model: nn.Module, call: Call, example_batch: int, widen: bool, fai
                          "torch cannot see; return tensors in tuples, lists, dicts or dataclasses, or register the "
                          "class with torch.utils._pytree.register_pytree_node.") from failures[-1]
     try:
-        graph = _from_make_fx(model, call, example_batch, read_numbers(model, call))
-        _check_recording(model, graph, call)
-        return graph
+        return capture_once(model, call, example_batch)
     except Exception as error:
         raise refusal(model, call, [failures[-1], error], _exports) from error
-
-
-def _check_recording(model: nn.Module, graph: Graph, call: Call) -> None:
-    """A recording must hold for other inputs too, if only for those that take the same branches: what went through
-    NumPy, say, is a constant in it. Raises _OneOff where it does not."""
-    for node in graph.nodes:
-        if _sized_by_data(node):
-            raise _OneOff(f"{place(node)}: the size of its result depends on the data")
-    generator = torch.Generator().manual_seed(0)
-    noisy = any(tensor.is_floating_point() for _, tensor in call.named_tensors())
-
-    def nearby(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.clone() if noisy or not tensor.dim() else tensor.flip(0)
-        return tensor + (NEARBY * torch.randn(tensor.shape, generator=generator)).to(tensor)
-    other = call.map(nearby)
-    try:
-        _run(model, other)
-    except InputError:                    # not any integers will do: lengths in descending order, say
-        return
-    tensors = {name: tensor.detach() for name, tensor in graph.tensors.items()}
-    with torch.no_grad():
-        found = evaluate(graph, tensors, other.args, other.kwargs)
-    outputs = _run(ghost(model), other), _run(ghost(model), call), found
-    for own, near, seen in zip(*map(pytree.tree_leaves, outputs), strict=True):
-        if isinstance(own, Tensor) and own.is_floating_point():
-            moved, error = float((own - near).abs().max()), float((own - seen).abs().max())
-            if not error <= 0.05 * moved + 1e-4 * float(own.abs().max()):
-                raise _OneOff("recorded on the example input, the network computes something else on any other")
-
-
-def _sized_by_data(node: fx.Node) -> bool:
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()) or \
-            node.target is torch.ops.aten._pack_padded_sequence.default:     # its lengths stay in the graph
-        return False
-    indices = node.args[1] if node.target is torch.ops.aten.index.Tensor else None
-    return indices is None or any(isinstance(i, fx.Node) and i.meta["val"].dtype in (torch.bool, torch.uint8)
-                                  for i in indices)  # type: ignore[union-attr]
-
-
-def _run(model: nn.Module, call: Call) -> Any:
-    """The forward's outputs on copies of the inputs and of the state. Raises InputError where it fails."""
-    state = {name: tensor.detach().clone() for name, tensor in _tensors(model)[2].items()}   # a forward may write
-    given = call.map(lambda t: t.clone())
-    try:
-        with torch.no_grad():
-            return torch.func.functional_call(model, state, given.args, dict(given.kwargs))
-    except Exception as error:
-        raise InputError(f"{type(model).__name__}.forward fails on the example inputs ({call}): "
-                         f"{type(error).__name__}: {error}. Pass inputs that the model accepts.") from error
 
 
 def _exports(model: nn.Module, call: Call) -> bool:
@@ -208,59 +155,6 @@ def _exports(model: nn.Module, call: Call) -> bool:
     except Exception:
         return False
     return True
-
-
-class _OneOff(Exception):
-    """A recording holds for the example input only."""
-
-
-class _NotAffine(Exception):
-    """A size is not of the form a * batch + b."""
-
-
-class _Sizes:
-    """Turns the symbolic sizes of one trace into Dims."""
-
-    def __init__(self, batch: int | None, measured: Mapping[Any, int] = MappingProxyType({})) -> None:
-        self.cache: dict[Any, Dim] = {}
-        self.batch, self.measured = batch, measured
-
-    def dim(self, size: Any) -> Dim:
-        if not isinstance(size, torch.SymInt):
-            return Dim(0, int(size))
-        data = free_unbacked_symbols(size)
-        if not data <= self.measured.keys():
-            raise _NotAffine(f"size {size} depends on the data")
-        expr = size.node.expr
-        if expr not in self.cache:
-            first, second, third = (
-                int(expr.xreplace({**dict.fromkeys(expr.free_symbols, n), **self.measured}))
-                for n in (2, 4, 6))
-            scale = (second - first) // 2
-            if third - second != second - first or (second - first) % 2:
-                raise _NotAffine(f"size {expr} is not a multiple of the batch")
-            self.cache[expr] = Dim(scale, first - 2 * scale, bool(data))
-        return self.cache[expr]
-
-    def of(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return tuple(self.dim(size) for size in value.shape)
-        if isinstance(value, (list, tuple)):
-            return [self.of(item) for item in value]
-        if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-            return self.dim(value)
-        return value
-
-
-def _dims(graph: fx.Graph, sizes: _Sizes) -> dict[str, Any]:
-    found = {}
-    for node in graph.nodes:
-        try:
-            if node.op != "output":
-                found[node.name] = sizes.of(node.meta.get("val"))
-        except _NotAffine as error:
-            raise _NotAffine(f"{error}\n{node.meta.get('stack_trace', '')}") from None
-    return found
 
 
 def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: Call, example_batch: int,
@@ -273,7 +167,7 @@ def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: 
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers,
              **signature.inputs_to_lifted_tensor_constants}
-    canonical, tied, tensors = _tensors(model)
+    canonical, tied, tensors = tensors_of(model)
     constants: set[str] = set()
     state: dict[str, str] = {}
     for placeholder, name in named.items():
@@ -290,7 +184,7 @@ def _from_export(model: nn.Module, program: torch.export.ExportedProgram, call: 
                   args=call.args, kwargs=dict(call.kwargs), free_batch=free,
                   batch=(LABEL_BATCH if free and not call.whole else call.batch or 1), example_batch=example_batch,
                   notes=notes)
-    return replace(graph, dims=_dims(program.graph, _Sizes(call.batch, measured(graph))))
+    return replace(graph, dims=dims_of(program.graph, Sizes(call.batch, measured(graph))))
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
@@ -298,74 +192,6 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and "_assert" in str(node.target) and not node.users:
             graph.erase_node(node)
-
-
-def _from_make_fx(model: nn.Module, call: Call, example_batch: int, numbers: tuple[Read, ...] = ()) -> Graph:
-    canonical, tied, tensors = _tensors(model)
-    names = [name for name in canonical if canonical[name] == name]
-    leaves, in_spec = pytree.tree_flatten((call.args, dict(call.kwargs)))
-    out_spec: list[Any] = []
-
-    def run(state: dict[str, Tensor], leaves: list[Any]) -> Any:
-        args, kwargs = pytree.tree_unflatten(leaves, in_spec)
-        with PackedCounts(), Reading(numbers) if numbers else contextlib.nullcontext():
-            out = torch.func.functional_call(ghost(model), state, args, kwargs)
-        flat, spec = pytree.tree_flatten(out)
-        out_spec.append(spec)
-        return flat
-
-    copies = {name: tensors[name].detach().clone() for name in names}      # a forward may write to its buffers
-    given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]        # or to its inputs
-    with torch.no_grad():
-        module = make_fx(run, tracing_mode="real", pre_dispatch=True)(copies, given)
-    graph = module.graph
-    follow_weights(graph)
-    write_all(graph)
-    graph.eliminate_dead_code()
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    state = {node.name: name for node, name in zip(placeholders, names, strict=False)}
-    constants = _lift_attributes(module, graph, state, tensors)
-    for node in list(graph.nodes):
-        if str(node.target) == "aten.detach.default":
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    dims = _dims(graph, _Sizes(None))
-    dims.update({p: tuple(Dim(0, n) for n in tensors[name].shape) for p, name in state.items()})
-    inputs = tuple(node.name for node in placeholders[len(names):])
-    return Graph(fx=graph, state=state, tensors=tensors, tied=tied, constants=constants, inputs=inputs, dims=dims,
-                 in_spec=in_spec, out_spec=out_spec[-1], args=call.args, kwargs=dict(call.kwargs), free_batch=False,
-                 batch=call.batch or 1, example_batch=example_batch,
-                 notes=("torch.export refused this forward; it was recorded on the example input instead, so the "
-                        "branch taken there is assumed and the batch is fixed",
-                        *assumed(numbers)))
-
-
-def _lift_attributes(module: fx.GraphModule, graph: fx.Graph, state: dict[str, str],
-                     tensors: dict[str, Tensor]) -> frozenset[str]:
-    """Tensors that make_fx stored as attributes become placeholders, as torch.export has them."""
-    constants = set()
-    for node in [n for n in graph.nodes if n.op == "get_attr"]:
-        value = getattr(module, str(node.target))
-        with graph.inserting_before(next(iter(graph.nodes))):
-            placeholder = graph.placeholder(f"c_{node.target}".replace(".", "_"))
-        placeholder.meta["val"] = value
-        node.replace_all_uses_with(placeholder)
-        graph.erase_node(node)
-        state[placeholder.name] = str(node.target)
-        tensors[str(node.target)] = value
-        constants.add(str(node.target))
-    return frozenset(constants)
-
-
-def _tensors(model: nn.Module) -> tuple[dict[str, str], dict[str, str], dict[str, Tensor]]:
-    """(every name -> canonical name, tied name -> canonical name, canonical name -> tensor)."""
-    canonical: dict[str, str] = {}
-    first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        canonical[name] = first.setdefault(id(tensor), name)
-        tensors.setdefault(canonical[name], tensor)
-    return canonical, {n: c for n, c in canonical.items() if n != c}, tensors
 
 
 @contextlib.contextmanager
