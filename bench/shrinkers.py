@@ -56,10 +56,10 @@ class Stages(Clock):
         self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - start
 
 
-def prunekern(model: nn.Module, call: Call, stages: Stages, inexact: bool = False) -> Shrunk:
-    """This library: prune, prove, lower. inexact: norms, means and softmax over channels run on those that are left,
-    here and in the reference, which is what Torch-Pruning is held to."""
-    pruned = prune(model, call, HALF, ranking="layer", policy={"inexact": inexact}, clock=stages)
+def prunekern(model: nn.Module, call: Call, stages: Stages, norms: str = "auto") -> Shrunk:
+    """This library: prune, prove, lower. norms: as a ``Policy`` has it; those that run on what remains do so in the
+    reference, too, which is what Torch-Pruning is held to."""
+    pruned = prune(model, call, HALF, ranking="layer", policy={"norms": norms}, clock=stages)
     with stages("lower"):
         lower(pruned.model, call, backend="reference")
     proof, groups, keep = pruned.proof, pruned.groups, pruned.keep
@@ -81,13 +81,13 @@ def held_back(groups: Groups) -> tuple[str, ...]:
 
 
 Shrinker = Callable[[nn.Module, Call, Stages], Shrunk]
-OURS, INEXACT = "prunekern", "prunekern-inexact"
-PEERS = ("torch-pruning", INEXACT)
+OURS, REMAINING = "prunekern", "prunekern-remaining"
+PEERS = ("torch-pruning", REMAINING)
 
 
 def shrinker(library: str) -> Shrinker:
     """The pruner of that name. Raises ImportError where it is not installed."""
-    if library in (OURS, INEXACT):
-        return partial(prunekern, inexact=library == INEXACT)
+    if library in (OURS, REMAINING):
+        return partial(prunekern, norms="remaining" if library == REMAINING else "auto")
     from bench.peer_torch_pruning import torch_pruning
     return torch_pruning

@@ -63,7 +63,7 @@ def compress(model: nn.Module, example_inputs: Any = None, target: Target | None
     or 'layer'. Left out, these are what the criterion brings. ignore: globs of layers left alone. round_to: channels
     kept are multiples of it. policy: which kinds of channels are candidates: attention heads or widths, output
     features, what is normalised across (``prunekern.core.policy.Policy``, or a mapping: {'attention': 'widths',
-    'inexact': True}).
+    'norms': 'fixed'}).
     calibrate: unlabelled batches, for criteria that look at activations, for ``recalibrate`` (batch-norm statistics
     estimated again after every cut) and for ``reconstruct`` (True, or options of ``prune.reconstruct.reconstruct``:
     after every cut, the weights that stay are refitted to what the network gave before it).

@@ -69,8 +69,9 @@ ATTENTION = Annotated[str, typer.Option("--attention", metavar="KIND", rich_help
                                         help="What leaves in attention: 'heads', 'widths', or 'auto'.")]
 OUTPUTS = Annotated[bool, typer.Option("--outputs", rich_help_panel=HOW,
                                        help="Features of the outputs may leave, too (for backbones).")]
-INEXACT = Annotated[bool, typer.Option("--inexact", rich_help_panel=HOW,
-                                       help="What is normalised across may leave (residual streams); fine-tune it.")]
+NORMS = Annotated[str, typer.Option("--norms", metavar="HOW", rich_help_panel=HOW, help="Channels that are normalised "
+                                    "across (residual streams): 'counted' on as zeros when they leave, 'fixed', "
+                                    "'auto', or 'remaining' (not exact).")]
 ROUND_TO = Annotated[int, typer.Option("--round-to", min=1, metavar="N", rich_help_panel=HOW,
                                        help="Channels kept are multiples of this.")]
 STEPS = Annotated[int, typer.Option("--steps", min=1, metavar="N", rich_help_panel=HOW,
@@ -125,7 +126,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
              latency: LATENCY = None, on: ON = None, accuracy: ACCURACY = None, max_drop: MAX_DROP = None,
              minimise: MINIMISED = None, plan: PLAN = None,
              criterion: CRITERION = None, ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
-             attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
+             attention: ATTENTION = "auto", outputs: OUTPUTS = False, norms: NORMS = "auto",
              steps: STEPS = 1, schedule: SCHEDULE = "exponential", fit: FIT = None, sparse: SPARSE = None,
              data: DATA = None, epochs: EPOCHS = 1, lr: LR = 0.01, recalibrate: RECALIBRATE = False,
              reconstruct: RECONSTRUCT = None,
@@ -160,7 +161,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
     with say.stages() as tell:
         result = compress_network(
             loaded.model, example, goal, criterion=criterion, ranking=ranking, ignore=ignore or (),
-            round_to=round_to, policy=None if given is not None else Policy(attention, outputs, inexact), steps=steps,
+            round_to=round_to, policy=None if given is not None else Policy(attention, outputs, norms), steps=steps,
             schedule=schedule, sparse=_settings("--sparse", sparse) or None,
             fit={"epochs": epochs, "lr": lr, "progress": say.live, **_settings("--fit", fit)},
             recalibrate=recalibrate, reconstruct=reconstruct, plan=given, lower=lower, backend=backend,
@@ -178,7 +179,7 @@ def compress(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BY
 
 def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES = None, layer: LAYER = None,
          criterion: CRITERION = "l2", ranking: RANKING = None, ignore: IGNORE = None, round_to: ROUND_TO = 1,
-         attention: ATTENTION = "auto", outputs: OUTPUTS = False, inexact: INEXACT = False,
+         attention: ATTENTION = "auto", outputs: OUTPUTS = False, norms: NORMS = "auto",
          start: FROM = None, remove: REMOVE = None, keep: KEEP = None, input: INPUT = None,
          out: PLAN_FILE = None,
          seed: SEED = 0, threads: THREADS = None, json: JSON = False, quiet: QUIET = False) -> None:
@@ -192,7 +193,7 @@ def plan(target: TARGET, macs: MACS = None, params: PARAMS = None, bytes: BYTES 
         raise TargetError("--from starts with a plan, so --macs, --params, --bytes and --layer do not combine with it.")
     given = Plan.load(start) if start else None
     loaded = load_target(target, input or (), say, seed=seed, threads=threads)
-    policy = Policy(attention, outputs, inexact) if given is None else given.policy
+    policy = Policy(attention, outputs, norms) if given is None else given.policy
     groups = groups_of(loaded.model, need_example(loaded), policy=policy)
     if goal is not None:
         given, _ = propose(groups, goal, criterion=criterion or "l2", ranking=ranking, ignore=ignore or (),

@@ -7,7 +7,7 @@ of all its planes are kept. Rules only record edges between labels; groups are t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from prunekern.core.counted import COUNTED
 from prunekern.core.graph import Graph, Shape
 from prunekern.core.policy import DEFAULT, Policy
 
@@ -78,8 +79,10 @@ class Site:
 class Tape:
     """What rules write to while a graph is walked in order. Not used after the walk."""
 
-    def __init__(self, graph: Graph, policy: Policy = DEFAULT) -> None:
-        self.graph, self.policy = graph, policy
+    def __init__(self, graph: Graph, policy: Policy = DEFAULT,
+                 exchangeable: Callable[[fx.Node], bool] = lambda node: False) -> None:
+        """exchangeable: whether the module of a norm can be exchanged for one that counts what is gone."""
+        self.graph, self.policy, self.exchangeable = graph, policy, exchangeable
         self.restart(scouting=True)
 
     def restart(self, scouting: bool = False) -> None:
@@ -99,6 +102,7 @@ class Tape:
         self.masked: dict[fx.Node, list[fx.Node]] = {}
         self.lookups: dict[str, Tensor] = {}
         self.restricted: dict[fx.Node, str] = {}
+        self.counted: dict[fx.Node, None] = {}
         self.sites: list[Site] = []
         self.made: list[tuple[int, int]] = []
         self.memory: dict[fx.Node, Any] = {}
@@ -202,12 +206,13 @@ class Tape:
         vector = self._uniform(hits[0], varying(hits[0]) - {axis})
         return compact(vector, (axis,)).reshape(-1), rest
 
-    def across(self, node: fx.Node, planes: Planes, axes: Iterable[int], reason: str,
-               inexact: bool = False) -> list[Plane]:
-        """The planes that pass an operator which looks at all positions of some axes at once.
+    def across(self, node: fx.Node, planes: Planes, axes: Iterable[int], reason: str, *, inexact: bool = False,
+               counts: bool = False) -> list[Plane]:
+        """The planes that pass an operator which looks at all positions of its first argument's axes at once.
 
         What varies along these axes alone stays; what varies elsewhere, too, leaves as whole rows. Where the policy
-        takes it and the operator means something on fewer positions (inexact), the former passes, too.
+        takes it, the former passes, too: if the operator can count what is gone as zeros (counts), or if it means
+        something on fewer positions (inexact).
         """
         looked = frozenset(axes)
         passing = []
@@ -216,12 +221,25 @@ class Tape:
             if live & looked and not live <= looked:
                 plane = self._uniform(plane, live & looked)
             elif live and live <= looked:
-                if not (inexact and self.policy.inexact):
+                if counts and self._counts(node, looked):
+                    if node not in self.counted:
+                        self.counted[node] = None
+                        self.masked.setdefault(node, []).append(node.args[0])  # type: ignore[arg-type]
+                elif inexact and self.policy.norms == "remaining":
+                    self.restricted[node] = reason
+                else:
                     self.freeze(node, plane, reason)
                     continue
-                self.restricted[node] = reason
             passing.append(plane)
         return passing
+
+    def _counts(self, node: fx.Node, looked: frozenset[int]) -> bool:
+        """Whether the policy has this operator count, and there is a number to count to."""
+        x: Any = node.args[0]
+        how, dims = self.policy.norms, self.graph.dims[x.name]
+        if how == "fixed" or any(dims[axis].scale or dims[axis].measured for axis in looked):
+            return False
+        return how == "counted" or node.target in COUNTED or (how == "auto" and self.exchangeable(node))
 
     def contract(self, node: fx.Node, operands: Sequence[Operand], out: str) -> Planes:
         """Multiply tensors, then sum: an einsum. Gives the planes of the output, whose axes are the letters ``out``.

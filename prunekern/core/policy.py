@@ -10,6 +10,7 @@ from typing import Any
 from prunekern.errors import TargetError
 
 ATTENTION = ("auto", "heads", "widths")
+NORMS = ("auto", "fixed", "counted", "remaining")
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,24 @@ class Policy:
     values with what reads them), 'auto' heads wherever there are several and nothing holds them. A mapping gives
     a kind per layer: {glob of module paths: kind}; the first match counts, others are 'auto'.
     outputs: the features of the network's outputs may leave (for backbones); ``Plan.outputs`` says which stay.
-    inexact: channels that are normalised or averaged across may leave (the residual stream of a transformer).
-    The result then equals the original with these operators restricted to the channels that remain, which is not
-    what zeroing them would give: fine-tune it.
+    norms: what becomes of channels that are normalised or averaged across (the residual stream of a transformer).
+    'counted': they may leave, and norms count them on as the zeros they are (``prunekern.core.counted``), which is
+    exact. 'fixed': they stay. 'auto' counts where the module that normalises can be exchanged for one that does, so
+    that the network's own class remains; elsewhere they stay. 'remaining': they may leave, and norms run on what
+    remains, as other pruners have it, and softmax and maxima, too. This is not what zeroing them would give.
     """
 
     attention: str | Mapping[str, str] = "auto"
     outputs: bool = False
-    inexact: bool = False
+    norms: str = "auto"
 
     def __post_init__(self) -> None:
         kinds = self.attention.values() if isinstance(self.attention, Mapping) else [self.attention]
         for kind in kinds:
             if kind not in ATTENTION:
                 raise TargetError(f"attention={kind!r} is none of {', '.join(map(repr, ATTENTION))}.")
+        if self.norms not in NORMS:
+            raise TargetError(f"norms={self.norms!r} is none of {', '.join(map(repr, NORMS))}.")
 
     def attention_of(self, path: str) -> str:
         """The kind for the module at a path."""
@@ -52,7 +57,7 @@ class Policy:
             return cls(**data)
         except TypeError as error:
             raise TargetError(f"{data!r} is no policy ({error}); its fields are attention, outputs and "
-                              "inexact.") from error
+                              "norms.") from error
 
 
 DEFAULT = Policy()

@@ -22,9 +22,9 @@ Operators that every backend implements (slots hold logical shapes, channels on 
 | `cat`            | axis                                                          |                             |
 | `move`           | kind: reshape, permute (axes), slice (axis, start, step), expand |                          |
 | `softmax`        | axis, log                                                     |                             |
-| `layer_norm`     | axes (how many, from the last), eps                           | weight, bias (optional)     |
+| `layer_norm`     | axes (how many, from the last), eps; of (optional)            | weight, bias (optional)     |
 | `rms_norm`       | axes, eps                                                     | weight (optional)           |
-| `group_norm`     | groups, eps                                                   | weight, bias (optional)     |
+| `group_norm`     | groups, eps; of (optional)                                    | weight, bias (optional)     |
 | `recurrent`      | kind: lstm, gru, rnn_tanh, rnn_relu; layers, directions,      | weight_ih_l0, weight_hh_l0, |
 |                  | batch_first. cell: one time step, and no axis of time. Inputs | bias_ih_l0, bias_hh_l0; for |
 |                  | x, h, c (LSTM), or x alone where states are zero; outputs y   | more layers _l1, ..., for   |
@@ -34,7 +34,9 @@ Operators that every backend implements (slots hold logical shapes, channels on 
 | `constant`       | the slot holds a weight                                       | value                       |
 | `aten`           | target, args, kwargs: any other operator, by name             | as the arguments name them  |
 
-The first three may carry any Epilogue; `matmul`, `scale`, `binary` and `activation` an activation only.
+A norm with ``of`` counts so many values (a group norm: channels), of which those that are not there are zeros
+(``core/counted.py``). The first three may carry any Epilogue; `matmul`, `scale`, `binary` and `activation` an
+activation only.
 """
 
 from __future__ import annotations

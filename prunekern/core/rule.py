@@ -55,6 +55,9 @@ class Sizes(Protocol):
 
     def alive(self, node: fx.Node, axis: int) -> Tensor: ...
 
+    def counts(self, node: fx.Node) -> bool:
+        """Whether a norm or mean counts what is gone (``core/counted.py``)."""
+
 
 class OpRule:
     """One operator family. Subclasses override what differs from a shape-keeping, cost-free operator."""

@@ -19,6 +19,7 @@ from prunekern.core.labels import FIXED, Frozen, Tape, compact, spread
 from prunekern.core.policy import DEFAULT, Policy
 from prunekern.core.rule import Registry
 from prunekern.graph.heads import candidates, held, merged
+from prunekern.graph.islands import Exchangeable
 
 Live = tuple[tuple[int, Tensor], ...]
 LISTED = 3        # operators of a kind that a report names one by one
@@ -37,6 +38,7 @@ class Labels:
     masked:   node -> the arguments at which removed channels count as zeros.
     frozen:   what stays because of an operator, and why.
     restricted: nodes that look at all channels at once and run on what remains of them -> what they do.
+    counted: such nodes that count what is gone as zeros instead.
     policy:   which kinds of channels may leave.
     """
 
@@ -51,6 +53,7 @@ class Labels:
     masked: Mapping[fx.Node, tuple[fx.Node, ...]]
     frozen: tuple[Frozen, ...]
     restricted: Mapping[fx.Node, str]
+    counted: frozenset[fx.Node]
     policy: Policy
 
     def alive(self, node: fx.Node, axis: int, keep: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def label(graph: Graph, registry: Registry, *, policy: Policy = DEFAULT, tape: T
     policy: which kinds of channels may leave. tape: one of the graph (with the policy) to write on, for callers that
     want to look at it afterwards.
     """
-    tape = tape or Tape(graph, policy)
+    tape = tape or Tape(graph, policy, Exchangeable(graph, registry))
     _walk(tape, registry)
     sites, first, alike, count = candidates(tape), dict(tape.axes), tape.alike, tape.count
     if tape.ambiguous and not sites:
@@ -207,7 +210,7 @@ def _finish(tape: Tape) -> Labels:
         balanced=tuple(group[table] for table in balanced),
         lookups={name: group[labels] for name, labels in tape.lookups.items()},
         masked={node: tuple(args) for node, args in tape.masked.items()}, frozen=tuple(tape.frozen),
-        restricted=dict(tape.restricted), policy=tape.policy)
+        restricted=dict(tape.restricted), counted=frozenset(tape.counted), policy=tape.policy)
 
 
 def _bend(tape: Tape, group: Tensor) -> bool:

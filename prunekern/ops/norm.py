@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from prunekern.core.builder import Builder
+from prunekern.core.counted import (
+    GROUP_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+    CountedGroupNorm,
+    CountedLayerNorm,
+    CountedRMSNorm,
+    of,
+)
 from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, varying
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
@@ -143,7 +153,7 @@ class GroupNorm(OpRule):
             if groups > 1:
                 tape.unify(table, table[:, :1])
             else:
-                tape.across(node, tape.planes(x), (1,), ACROSS, inexact=True)
+                tape.across(node, tape.planes(x), (1,), ACROSS, inexact=True, counts=True)
         tie_vectors(node, tape, channels, (argument(node, 2, "weight"), argument(node, 3, "bias")))
         tape.give(node, tape.planes(x))
 
@@ -160,11 +170,33 @@ class GroupNorm(OpRule):
         return {"num_channels": channels, "num_groups": max(1, node.args[1] * channels // before)}  # type: ignore[operator]
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        if sizes.counts(node):
+            given = (x, 1, argument(node, 2, "weight"), argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5))
+            return (GROUP_NORM, (*given, sizes.old(x)[1]), {}) if sizes.changed(x, 1) else None
         groups = self.attributes(node, sizes.new)["num_groups"]
-        return node.target, (node.args[0], groups, *node.args[2:]), dict(node.kwargs)
+        return node.target, (x, groups, *node.args[2:]), dict(node.kwargs)
 
     def lower(self, node: fx.Node, build: Builder) -> bool:
         return lower_as_norm(node, build, "group_norm", {"groups": node.args[1]})
+
+
+class CountedGroupNormRule(GroupNorm):
+    """prunekern::counted_group_norm: all channels in one group, of which some are gone."""
+
+    matches = (GROUP_NORM,)
+    samples: ClassVar[tuple[Sample, ...]] = (
+        Sample(lambda: counted(CountedGroupNorm(1, 6), 9), ((2, 6, 5, 5),), name="CountedGroupNorm"),)
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        return None
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """fvcore does not know it."""
+        return 0
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        return lower_as_norm(node, build, "group_norm", {"groups": 1, "of": of(node.target, node.args)})
 
 
 class LayerNorm(OpRule):
@@ -181,7 +213,7 @@ class LayerNorm(OpRule):
         x, normalised = node.args[0], node.args[1]
         shape = tape.shape(x)  # type: ignore[arg-type]
         last = range(len(shape) - len(normalised), len(shape))  # type: ignore[arg-type]
-        passing = tape.across(node, tape.planes(x), last, ACROSS, inexact=True)
+        passing = tape.across(node, tape.planes(x), last, ACROSS, inexact=True, counts=True)
         vectors = [v for v in (argument(node, 2, "weight"), argument(node, 3, "bias")) if isinstance(v, fx.Node)]
         tape.give(node, tape.combine(node, [(passing, shape), *((tape.planes(v), tape.shape(v)) for v in vectors)],
                                      shape))
@@ -193,9 +225,19 @@ class LayerNorm(OpRule):
         return tuple(shape[len(shape) - len(node.args[1]):])  # type: ignore[arg-type]
 
     def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
-        new = self._normalised(node, sizes.new(node.args[0]))  # type: ignore[arg-type]
-        return None if list(new) == node.args[1] else (node.target, (node.args[0], list(new), *node.args[2:]),
-                                                       dict(node.kwargs))
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        new, old = (self._normalised(node, shape(x)) for shape in (sizes.new, sizes.old))
+        if new == old:
+            return None
+        if sizes.counts(node) and node.target not in (LAYER_NORM, RMS_NORM):
+            return self._counted(node, list(new), math.prod(old))
+        return node.target, (x, list(new), *node.args[2:]), dict(node.kwargs)
+
+    def _counted(self, node: fx.Node, shape: list[int], count: int) -> Rewritten:
+        x, weight = node.args[0], argument(node, 2, "weight")
+        if "rms" in str(node.target):
+            return RMS_NORM, (x, shape, weight, argument(node, 3, "eps"), count), {}
+        return LAYER_NORM, (x, shape, weight, argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5), count), {}
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         """Two for the statistics, three to apply them."""
@@ -211,4 +253,43 @@ class LayerNorm(OpRule):
         return lower_as_norm(node, build, build.name(node), {"axes": len(node.args[1])})  # type: ignore[arg-type]
 
 
-RULES: tuple[OpRule, ...] = (BatchNorm(), InstanceNorm(), GroupNorm(), LayerNorm())
+class CountedLayerNormRule(LayerNorm):
+    """prunekern::counted_layer_norm and counted_rms_norm: norms over the last axes, of which some channels are gone."""
+
+    matches = (LAYER_NORM, RMS_NORM)
+    samples: ClassVar[tuple[Sample, ...]] = (
+        Sample(lambda: counted(CountedLayerNorm(5), 8), ((2, 6, 5),), name="CountedLayerNorm over positions"),
+        Sample(lambda: counted(CountedLayerNorm((6, 5)), 45), ((2, 6, 5),), name="CountedLayerNorm over channels"),
+        Sample(lambda: counted(CountedRMSNorm((6, 5)), 45), ((2, 6, 5),), name="CountedRMSNorm over channels"),
+    )
+
+    def fvcore(self, node: fx.Node, shape: ShapeOf) -> int:
+        """fvcore does not know them."""
+        return 0
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        axes, given = len(node.args[1]), build.arguments(node)  # type: ignore[arg-type]
+        if node.target is LAYER_NORM:
+            return lower_as_norm(node, build, "layer_norm", {"axes": axes, "of": of(node.target, node.args)})
+        weight = given["weight"]
+        if not build.is_float(node) or not (weight is None or build.is_constant(weight)):
+            return False
+        shape = [dim.offset for dim in build.shape(node)[-axes:]]
+        more = of(node.target, node.args) / math.prod(shape)
+        # x / sqrt(mean / more + eps) = sqrt(more) x / sqrt(mean + more eps): an rms norm of what remains
+        gain = torch.ones(shape, dtype=torch.double) if weight is None else build.constant(weight).double()
+        dtype = build.dtype(node)
+        eps = torch.finfo(dtype).eps if given["eps"] is None else given["eps"]
+        build.step("rms_norm", node, (given["input"],), {"axes": axes, "eps": eps * more}, {
+            "weight": build.store(f"{node.name}.weight", (gain * more ** 0.5).to(dtype))})
+        return True
+
+
+def counted(module: nn.Module, count: int) -> nn.Module:
+    """A counted norm that counts to a number."""
+    module.of = count  # type: ignore[assignment]
+    return module
+
+
+RULES: tuple[OpRule, ...] = (BatchNorm(), InstanceNorm(), GroupNorm(), CountedGroupNormRule(), LayerNorm(),
+                             CountedLayerNormRule())

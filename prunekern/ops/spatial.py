@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from prunekern.core.arguments import per_axis
 from prunekern.core.builder import Builder
+from prunekern.core.counted import MEAN, of
 from prunekern.core.graph import Shape, ShapeOf, target_name
 from prunekern.core.labels import Plane, Tape, spread, varying
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
@@ -279,6 +281,7 @@ class Reduction(OpRule):
         sample(lambda x: x.sum(1), "sum over channels", MAP),
         sample(lambda x: torch.sort(x, dim=3, stable=True)[0], "stable sort over positions", MAP),
         sample(lambda x: x.mean(1, keepdim=True), "mean over channels", MAP, prunable=False),
+        sample(lambda x: x.norm(dim=1, keepdim=True), "norm over channels", MAP),
         sample(lambda x: x.max(1)[0], "max over channels", MAP, prunable=False),
         sample(lambda x: x.std((2, 3)), "deviation over positions", MAP),
         sample(lambda x: x.cumsum(2), "cumsum over positions", MAP),
@@ -299,12 +302,29 @@ class Reduction(OpRule):
         rank = len(tape.shape(x))
         axes = self.axes(node, rank)
         planes = tape.planes(x)
-        if "aten.sum" in str(node.target) and any(axes & varying(p) for p in planes):
+        name = target_name(node).split(".")[1]
+        if (name == "sum" or self.positive_norm(node)) and any(axes & varying(p) for p in planes):
             tape.masked.setdefault(node, []).append(x)
             planes = tuple(p for p in planes if not varying(p) <= axes)
         passing = tape.across(node, planes, axes, "it reduces across these channels",
-                              inexact=target_name(node).split(".")[1] in self.meaningful)
+                              inexact=name in self.meaningful, counts=name in ("mean", "counted_mean"))
         give_reduced(node, tape, [plane for plane in passing if not varying(plane) & axes], axes)
+
+    def positive_norm(self, node: fx.Node) -> bool:
+        """Whether it is a p-norm to which zeros add nothing."""
+        order = argument(node, 1, "ord", argument(node, 1, "p"))
+        return "norm" in str(node.target) and (order is None or (isinstance(order, (int, float)) and order > 0))
+
+    def rewrite(self, node: fx.Node, sizes: Sizes) -> Rewritten | None:
+        x: fx.Node = node.args[0]  # type: ignore[assignment]
+        if not sizes.counts(node) or node.target is MEAN:
+            return None
+        old = sizes.old(x)
+        axes = sorted(self.axes(node, len(old)))
+        if not any(sizes.changed(x, axis) for axis in axes):
+            return None
+        dtype = {name: value for name, value in node.kwargs.items() if name == "dtype"}
+        return MEAN, (x, axes, bool(argument(node, 2, "keepdim", False)), math.prod(old[axis] for axis in axes)), dtype
 
     def elementwise(self, node: fx.Node, shape: ShapeOf) -> int:
         return numel(shape(node.args[0]))  # type: ignore[arg-type]
@@ -324,4 +344,28 @@ class Reduction(OpRule):
         return True
 
 
-RULES: tuple[OpRule, ...] = (Pool(), PoolWithIndices(), Resize(), Pad(), Reduction())
+class CountedMean(Reduction):
+    """prunekern::counted_mean: a mean over channels some of which are gone."""
+
+    matches = (MEAN,)
+    samples: ClassVar[tuple[Sample, ...]] = (
+        sample(lambda x: MEAN(x, [1], True, 9), "counted mean over channels", MAP),)
+
+    def lower(self, node: fx.Node, build: Builder) -> bool:
+        x, given = node.args[0], build.arguments(node)
+        dtype = build.dtype(x)  # type: ignore[arg-type]
+        if not dtype.is_floating_point or given.get("dtype") not in (None, dtype):
+            return False
+        axes, shape = sorted(self.axes(node, build.rank(x))), build.shape(x)  # type: ignore[arg-type]
+        if not build.rank(node) or any(shape[axis].scale or shape[axis].measured for axis in axes):
+            return False
+        mean = build.between("reduce", node, (x,), build.shape(node), {
+            "kind": "mean", "axes": axes, "keepdim": given["keepdim"]})
+        share = torch.tensor([math.prod(shape[axis].offset for axis in axes) / of(node.target, node.args)], dtype=dtype)
+        build.step("scale", node, (mean,), {"axis": build.rank(node) - 1}, {
+            "scale": build.store(f"{node.name}.scale", share),
+            "shift": build.store(f"{node.name}.shift", torch.zeros_like(share))})
+        return True
+
+
+RULES: tuple[OpRule, ...] = (Pool(), PoolWithIndices(), Resize(), Pad(), Reduction(), CountedMean())

@@ -24,6 +24,7 @@ from prunekern.core.rule import Registry
 from prunekern.graph.groups import Groups
 from prunekern.graph.inputs import Call
 from prunekern.graph.parts import Parts
+from prunekern.prune.counting import count
 from prunekern.prune.rewrite import NewSizes
 from prunekern.prune.slice import slice_module
 from prunekern.prune.slim import slim
@@ -85,7 +86,8 @@ class Observation:
 
 def slice_class(model: nn.Module, groups: Groups, keep: Tensor, registry: Registry) -> nn.Module:
     """``slice_module``, with every attribute that the forward takes sizes from set to what it needs, and attention
-    modules that torch's own class cannot express switched to one that can.
+    modules that torch's own class cannot express switched to one that can, and norms that lost channels to ones that
+    count them.
 
     Settings that modules share are changed in place where all agree, else copied for the module that differs.
     """
@@ -95,6 +97,7 @@ def slice_class(model: nn.Module, groups: Groups, keep: Tensor, registry: Regist
         seen = observe(model, groups, keep, registry)
         if seen is not None:
             apply(sliced, solve(seen), seen.leaves)
+        count(sliced, groups.labels, keep, registry)
     return sliced
 
 

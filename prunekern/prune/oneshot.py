@@ -21,6 +21,7 @@ from prunekern.graph.parts import Parts
 from prunekern.graph.trace import trace
 from prunekern.ops import REGISTRY
 from prunekern.prune.attributes import hard_coded, slice_class
+from prunekern.prune.counting import said
 from prunekern.prune.importance import Criterion, score, settle
 from prunekern.prune.importance.names import Direction, Normalisation, Reduction
 from prunekern.prune.prove import Proof, prove
@@ -170,9 +171,10 @@ def cut(model: nn.Module, groups: Groups, keep: Tensor, plan: Plan, *, clock: Cl
         module, proof = prove(groups, keep, graph_form, own, seed)
     if proof.form == "graph":
         proof = replace(proof, notes=(*proof.notes, *_hard_coded(model, groups, keep)))
-    said = (*plan.notes, *groups.graph.notes, *frozen_report(groups.labels), *_apart(sliced), *proof.notes,
+    notes = (*plan.notes, *groups.graph.notes, *frozen_report(groups.labels), *_apart(sliced),
+            *said(groups.labels, keep, REGISTRY), *proof.notes,
             *_unchanged(keep))
-    return Pruned(module, plan, proof, groups, keep, tuple(dict.fromkeys(said)), dict(clock.seconds))
+    return Pruned(module, plan, proof, groups, keep, tuple(dict.fromkeys(notes)), dict(clock.seconds))
 
 
 def _check_prunable(groups: Groups) -> None:

@@ -106,6 +106,9 @@ class NewSizes:
     def alive(self, node: fx.Node, axis: int) -> Tensor:
         return self.labels.alive(node, axis, self.keep)
 
+    def counts(self, node: fx.Node) -> bool:
+        return node in self.labels.counted
+
 
 def _known(dims: Any) -> Any:
     if isinstance(dims, list):
@@ -144,7 +147,7 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
             root.add_module(str(node.target), getattr(graph.fx.owning_module, str(node.target)))
             env[node] = new.get_attr(str(node.target))
         elif "_assert" not in str(node.target):
-            env[node] = _emit(node, new, root, env, sizes, leaves, modules, registry)
+            env[node] = emit(node, new, root, env, sizes, leaves, modules, registry)
             env[node].meta[ORIGIN] = node.name
     for name, tensor in _named_state(modules):         # what the forward does not read is in state dicts all the same
         _attach(root, name, tensor, modules, False)
@@ -159,8 +162,10 @@ def rewrite(labels: Labels, keep: Tensor, modules: nn.Module, registry: Registry
     return module
 
 
-def _emit(node: fx.Node, new: fx.Graph, root: nn.Module, env: Mapping[fx.Node, fx.Node], sizes: NewSizes,
+def emit(node: fx.Node, new: fx.Graph, root: nn.Module, env: Mapping[fx.Node, fx.Node], sizes: NewSizes,
           leaves: Mapping[fx.Node, str], modules: nn.Module, registry: Registry) -> fx.Node:
+    """The call in the new graph: a layer of the network, a layer that follows train(), or what its rule makes of it.
+    leaves: calls that are a layer's whole forward -> its path. env: old node -> new one."""
     if node in leaves:
         path = leaves[node]
         _attach_module(root, path, modules.get_submodule(path))

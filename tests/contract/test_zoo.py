@@ -279,7 +279,8 @@ def test_equal_at_any_batch(name: str) -> None:
                     assert_equal(run(double(form), call), masked)
 
 
-@pytest.mark.parametrize("policy", [Policy(attention="widths"), Policy(inexact=True)], ids=["widths", "inexact"])
+@pytest.mark.parametrize("policy", [Policy(attention="widths"), Policy(norms="counted"), Policy(norms="remaining")],
+                         ids=["widths", "counted", "remaining"])
 @pytest.mark.parametrize("name", ZOO)
 def test_other_policies(name: str, policy: Policy) -> None:
     """Where another policy offers other channels: half of them leave, and both forms equal the reference."""

@@ -35,7 +35,7 @@ from tests.tolerances import FOLDED, assert_equal_fp64, max_err
 SHARDS, EXAMPLES = 4, 40
 NIGHTLY = round(1000 * float(os.environ.get("PRUNEKERN_FUZZ", "1")))
 FIRST = 1_000_000 * int(os.environ.get("PRUNEKERN_FUZZ_SEED", "0"))
-POLICIES = (Policy(), Policy(), Policy(attention="widths"), Policy(inexact=True))
+POLICIES = (Policy(), Policy(), Policy(attention="widths"), Policy(norms="counted"), Policy(norms="remaining"))
 SEEDS = st.integers(0, 2**16)
 SIMPLE = networks()
 RICH = st.integers(0, 2**32).map(lambda number: build(random_spec(number)))

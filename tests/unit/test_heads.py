@@ -183,7 +183,7 @@ def test_experts_share_widths() -> None:
     packed = axis(found, "packed", 2)
     assert packed[:8] == packed[8:] == axis(found, "down", 1)      # a gate with its value
     assert axis(found, "packed", 0) == [FIXED] * 4
-    whole = found_in("einsum_experts", Policy(inexact=True))
+    whole = found_in("einsum_experts", Policy(norms="remaining"))
     experts = axis(whole, "router.weight", 0)
     assert FIXED not in experts
     assert axis(whole, "up", 0) == axis(whole, "down", 0) == axis(whole, "bias", 0) == experts

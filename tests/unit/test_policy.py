@@ -48,7 +48,7 @@ def test_attention_by_layer(attention: Any, channels: list[int]) -> None:
 @pytest.mark.parametrize(("asked", "words"), [
     ({"attention": "head"}, "'head' is none of 'auto', 'heads', 'widths'"),
     ({"attention": {"0": "some"}}, "'some' is none of"),
-    ({"attentions": "heads"}, "its fields are attention, outputs and inexact"),
+    ({"attentions": "heads"}, "its fields are attention, outputs and norms"),
     ("widths", "is no policy")])
 def test_bad_policies_are_refused(asked: Any, words: str) -> None:
     for use in (as_policy, lambda policy: pk.prune(two(), X, pk.Target(macs=0.5), policy=policy)):
@@ -58,8 +58,8 @@ def test_bad_policies_are_refused(asked: Any, words: str) -> None:
 
 def test_only_differences_are_written() -> None:
     assert Policy().to_json() == {}
-    asked = Policy(attention={"0": "widths"}, inexact=True)
-    assert asked.to_json() == {"attention": {"0": "widths"}, "inexact": True}
+    asked = Policy(attention={"0": "widths"}, norms="counted")
+    assert asked.to_json() == {"attention": {"0": "widths"}, "norms": "counted"}
     assert as_policy(asked.to_json()) == asked
 
 
@@ -77,13 +77,13 @@ class Normalised(nn.Module):
         return self.last(x / x.norm(dim=-1, keepdim=True))
 
 
-def test_inexact_is_the_smaller_module() -> None:
+def test_remaining_is_the_smaller_module() -> None:
     """The norms, the softmax and the averages run on what remains, as they do in a module built so narrow."""
     torch.manual_seed(5)
     model, x = Normalised(12).eval(), torch.randn(4, 6)
     nn.init.normal_(model.norm.weight)
-    assert not len(groups_of(model, x))
-    result = pk.prune(model, x, pk.Target(layers={"first": 0.5}), policy={"inexact": True})
+    assert not len(groups_of(model, x, Policy(norms="fixed")))
+    result = pk.prune(model, x, pk.Target(layers={"first": 0.5}), policy={"norms": "remaining"})
     kept = torch.tensor(result.plan.kept["first.weight"][0])
     assert len(kept) == 6
     small = Normalised(6).eval()
@@ -93,7 +93,7 @@ def test_inexact_is_the_smaller_module() -> None:
     with torch.no_grad():
         assert_equal_fp64(double(result.model)(double(x)), double(small)(double(x)))
     assert any("inexact, as asked" in note for note in result.notes)
-    assert result.plan.policy == {"inexact": True}
+    assert result.plan.policy == {"norms": "remaining"}
 
 
 def test_outputs_name_what_they_keep() -> None:
@@ -122,7 +122,7 @@ def test_outputs_of_several_tensors() -> None:
         assert new.shape == tuple(len(kept.get(axis, range(size))) for axis, size in enumerate(old.shape))
 
 
-@pytest.mark.parametrize("policy", [{"attention": "widths"}, {"inexact": True, "outputs": True}], ids=str)
+@pytest.mark.parametrize("policy", [{"attention": "widths"}, {"norms": "remaining", "outputs": True}], ids=str)
 def test_policies_survive(policy: dict[str, Any], tmp_path: Path) -> None:
     """In plans, applied again without a word about it, and in results on disk, loaded both ways."""
     torch.manual_seed(7)

@@ -41,6 +41,9 @@ struct RowNorm : Op {
     weight = f.address<float>("weight");
     bias = f.address<float>("bias");
     eps = f.number("eps", 0);
+    const int64_t of = f.integer("of", 0);
+    count = double(of ? of : rows.n);
+    gone = count - double(rows.n);
     scratch = rows.scratch();
     tasks = pieces(rows.units, rows.units * rows.n, f.threads());
   }
@@ -51,8 +54,9 @@ struct RowNorm : Op {
 
   void row(const float* x, float* y) const {
     const int64_t n = rows.n;
-    const float mean = centred ? float(sum_row<None>(x, n, 0) / double(n)) : 0;
-    const vec m = set(mean), by = set(float(1 / std::sqrt(sum_row<Square>(x, n, mean) / double(n) + eps)));
+    const float mean = centred ? float(sum_row<None>(x, n, 0) / count) : 0;
+    const double squares = sum_row<Square>(x, n, mean) + gone * double(mean) * double(mean);
+    const vec m = set(mean), by = set(float(1 / std::sqrt(squares / count + eps)));
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
       vec v = mul(sub(load(x + i), m), by);
@@ -72,7 +76,7 @@ struct RowNorm : Op {
   Rows rows;
   bool centred;
   const float *weight, *bias;
-  double eps;
+  double eps, count, gone;  // how many values there would be, and of these zeros that are not there
 };
 
 // Statistics of a group of channels of an image. What channels need is kept in scratch: sums, means, factors.
@@ -83,10 +87,13 @@ struct GroupNorm : Op {
     eps = f.number("eps", 0);
     const int64_t groups = f.integer("groups");
     each = x.size[kC] / groups;
+    const int64_t of = f.integer("of", 0);
     together = each > 0 && each < 4 * kLanes ? 4 * kLanes / each : 1;  // groups: so that registers are filled
     if (together > groups) together = groups;
     across = (groups + together - 1) / together;
     pixels = x.size[kD] * x.size[kH] * x.size[kW];
+    values = double((of ? of / groups : each) * pixels);
+    gone = values - double(each * pixels);
     for (int a = kH; a >= kD; --a) join(a);
     last = x.stride[kC] == 1 && y.stride[kC] == 1;
     units = pixels * each == 0 ? 0 : x.size[kN] * across;
@@ -126,7 +133,8 @@ struct GroupNorm : Op {
     }
     sum_channels<Square>(from, count, mean, sums);
     for (int64_t g = 0; g < count; g += each) {
-      const float by = float(1 / std::sqrt(total(sums + g) + eps));
+      const double m = double(mean[g]);
+      const float by = float(1 / std::sqrt(total(sums + g) + gone / values * m * m + eps));
       for (int64_t i = 0; i < each; ++i) factor[g + i] = weight ? by * weight[c + g + i] : by;
     }
     finish(from, to, count, mean, factor, bias ? bias + c : nullptr);
@@ -135,7 +143,7 @@ struct GroupNorm : Op {
   double total(const float* sums) const {
     double t = 0;
     for (int64_t i = 0; i < each; ++i) t += double(sums[i]);
-    return t / double(each * pixels);
+    return t / values;
   }
 
   // f(offset in x, offset in y) for every row of pixels.
@@ -224,20 +232,22 @@ struct GroupNorm : Op {
 
   View x, y;
   const float *weight, *bias;
-  double eps;
+  double eps, values, gone;  // of a group: how many there would be, and of these zeros that are not there
   int64_t each, together, across, pixels, units;
   bool last;
 };
 
 }  // namespace
 
-// Fields: x, y, axes (of the view, ascending), eps, weight and bias (optional, in the order of a row).
+// Fields: x, y, axes (of the view, ascending), eps, of (values that are counted; 0: those that are there), weight and
+// bias (optional, in the order of a row).
 Op* make_layer_norm(const Fields& f) { return new RowNorm(f, true); }
 
 // The same without a mean.
 Op* make_rms_norm(const Fields& f) { return new RowNorm(f, false); }
 
-// Fields: x, y, groups, eps, weight and bias (optional, one per channel).
+// Fields: x, y, groups, eps, of (channels that are counted; 0: those that are there), weight and bias (optional, one
+// per channel).
 Op* make_group_norm(const Fields& f) { return new GroupNorm(f); }
 
 }  // namespace PK_ISA

@@ -332,7 +332,7 @@ def row_norm(builder: Builder, step: Step) -> str:
     at, rank = step.attributes, len(step.output.shape)
     eps = torch.finfo(torch.float32).eps if at["eps"] is None else at["eps"]
     builder.emit(step.op, x=axes(builder.read(step.inputs[0])), y=axes(builder.write(step.output)), eps=float(eps),
-                 axes=[_axis(step, rank, axis) for axis in range(rank - at["axes"], rank)],
+                 axes=[_axis(step, rank, axis) for axis in range(rank - at["axes"], rank)], of=at.get("of", 0),
                  **_optional(builder, step, "weight", "bias"))
     return "rows"
 
@@ -340,7 +340,8 @@ def row_norm(builder: Builder, step: Step) -> str:
 def group_norm(builder: Builder, step: Step) -> str:
     at = step.attributes
     builder.emit("group_norm", x=image(builder.read(step.inputs[0])), y=image(builder.write(step.output)),
-                 groups=at["groups"], eps=float(at["eps"]), **_optional(builder, step, "weight", "bias"))
+                 groups=at["groups"], of=at.get("of", 0), eps=float(at["eps"]),
+                 **_optional(builder, step, "weight", "bias"))
     return "groups"
 
 

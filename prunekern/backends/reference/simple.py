@@ -14,6 +14,7 @@ from torch.nn import functional
 from prunekern.backends.reference.engine import EVERYTHING, Compiler, Kernel, Layout
 from prunekern.core.activations import apply_into
 from prunekern.core.arguments import decode, find_operator
+from prunekern.core.counted import GROUP_NORM, LAYER_NORM
 from prunekern.core.graph import Shape
 from prunekern.core.program import Slot, Step
 from prunekern.errors import LoweringError
@@ -193,12 +194,16 @@ def layer_norm(layout: Layout, step: Step) -> Kernel:
     shape = list(layout.shape(step.output)[-at["axes"]:])
     if step.op == "rms_norm":
         return _fresh(layout, step, lambda x: functional.rms_norm(x, shape, weight, at["eps"]))
+    if "of" in at:
+        return _fresh(layout, step, lambda x: LAYER_NORM(x, shape, weight, bias, at["eps"], at["of"]))
     return _fresh(layout, step, lambda x: functional.layer_norm(x, shape, weight, bias, at["eps"]))
 
 
 def group_norm(layout: Layout, step: Step) -> Kernel:
     at, (weight, bias) = step.attributes, _vectors(layout, step)
     groups = at["groups"]
+    if "of" in at:
+        return _fresh(layout, step, lambda x: GROUP_NORM(x, groups, weight, bias, at["eps"], at["of"]))
 
     def run(x: Tensor) -> Tensor:     # torch's own refuses one value per group, which instance_norm allows
         rows = x.reshape(x.shape[0], groups, -1)
