@@ -72,7 +72,8 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize(("call", "plain"), [
     (lambda x, w, b: counted.LAYER_NORM(x, [4, 3], w, b, 1e-2, 30),
      lambda x, w, b: functional.layer_norm(x, [10, 3], w, b, 1e-2)),
-    (lambda x, w, b: counted.RMS_NORM(x, [4, 3], w, 1e-2, 30), lambda x, w, b: functional.rms_norm(x, [10, 3], w, 1e-2)),
+    (lambda x, w, b: counted.RMS_NORM(x, [4, 3], w, 1e-2, 30),
+     lambda x, w, b: functional.rms_norm(x, [10, 3], w, 1e-2)),
     (lambda x, w, b: counted.RMS_NORM(x, [4, 3], None, None, 30), lambda x, w, b: functional.rms_norm(x, [10, 3])),
     (lambda x, w, b: counted.GROUP_NORM(x, 1, w[:, 0], b[:, 0], 1e-2, 10),
      lambda x, w, b: functional.group_norm(x, 1, w[:, 0], b[:, 0], 1e-2)),
