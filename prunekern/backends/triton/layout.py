@@ -79,9 +79,10 @@ class DeviceLayout(Layout):
         self._staged: dict[tuple[str, int], Tensor] = {}
         self._parts: Tensor | None = None
         self._patches: dict[torch.dtype, Tensor] = {}
-        super().__init__(program, signature, kernels)
-        for slot in program.input_slots:
-            self.inputs.append(self._input(slot))
+        with torch.inference_mode(False), torch.no_grad():     # callers may write to inputs, and use static results
+            super().__init__(program, signature, kernels)
+            for slot in program.input_slots:
+                self.inputs.append(self._input(slot))
 
     def planned(self, kernels: Kernels) -> Arena:
         producers, fused = self.program.producers(), self.kernels.fused
