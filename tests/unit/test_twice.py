@@ -161,7 +161,7 @@ def test_the_order_of_inputs_in_memory_is_kept() -> None:
 def test_other_objects_for_the_same_memory() -> None:
     def alias(net: Any, x: Tensor) -> Tensor:
         y = x.data
-        z = torch.zeros_like(x)
+        z = torch.zeros_like(y)
         z[:, 1:3] = 1
         x.relu_()
         return y + x + z
