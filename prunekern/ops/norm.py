@@ -22,7 +22,7 @@ from prunekern.core.graph import ShapeOf
 from prunekern.core.labels import Tape, varying
 from prunekern.core.rule import OpRule, Rewritten, Sample, Sizes, argument, aten, numel
 
-ACROSS = "it normalises across channels, which have no exact restriction to fewer of them"
+ACROSS = "it normalises across channels (they leave with the policy norms='counted')"
 
 
 def tie_vectors(node: fx.Node, tape: Tape, channels: Tensor | None, vectors: tuple[Any, ...]) -> None:
@@ -135,13 +135,13 @@ class InstanceNorm(BatchNorm):
 
 
 class GroupNorm(OpRule):
-    """group_norm: a whole normalisation group leaves exactly; single channels do not."""
+    """group_norm: a whole normalisation group leaves; of a single one channels do, and are counted on."""
 
     matches = aten("group_norm")
     samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.GroupNorm(3, 6), ((2, 6, 5, 5),)),
         Sample(lambda: nn.GroupNorm(6, 6, affine=False), ((2, 6, 5, 5),)),
-        Sample(lambda: nn.GroupNorm(1, 6), ((2, 6, 5, 5),), prunable=False),
+        Sample(lambda: nn.GroupNorm(1, 6), ((2, 6, 5, 5),)),
     )
 
     def label(self, node: fx.Node, tape: Tape) -> None:
@@ -200,12 +200,12 @@ class CountedGroupNormRule(GroupNorm):
 
 
 class LayerNorm(OpRule):
-    """layer_norm and rms_norm over the last axes: the channels in those axes stay, others pass."""
+    """layer_norm and rms_norm over the last axes: channels in those axes are counted on, others pass."""
 
     matches = aten("layer_norm", "rms_norm")
     samples: ClassVar[tuple[Sample, ...]] = (
         Sample(lambda: nn.LayerNorm(5), ((2, 6, 5),), name="LayerNorm over positions"),
-        Sample(lambda: nn.LayerNorm((6, 5)), ((2, 6, 5),), name="LayerNorm over channels", prunable=False),
+        Sample(lambda: nn.LayerNorm((6, 5)), ((2, 6, 5),), name="LayerNorm over channels"),
         Sample(lambda: nn.RMSNorm(5), ((2, 6, 5),), name="RMSNorm over positions"),
     )
 

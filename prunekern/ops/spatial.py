@@ -268,7 +268,8 @@ def give_reduced(node: fx.Node, tape: Tape, planes: Sequence[Plane], axes: Itera
 
 
 class Reduction(OpRule):
-    """Reductions over axes. A sum over channels is exact to prune (what is gone counts as zero); others are not."""
+    """Reductions over axes. Sums, p-norms and means over channels are exact to prune (what is gone counts as zero);
+    others are not."""
 
     matches = aten("mean", "sum", "amax", "amin", "max.dim", "min.dim", "max.default", "min.default", "var.correction",
                    "std.correction", "var.dim", "std.dim", "logsumexp", "linalg_vector_norm", "norm.ScalarOpt_dim",
@@ -280,7 +281,7 @@ class Reduction(OpRule):
         sample(lambda x: x.amax((2, 3)), "global max", MAP),
         sample(lambda x: x.sum(1), "sum over channels", MAP),
         sample(lambda x: torch.sort(x, dim=3, stable=True)[0], "stable sort over positions", MAP),
-        sample(lambda x: x.mean(1, keepdim=True), "mean over channels", MAP, prunable=False),
+        sample(lambda x: x.mean(1, keepdim=True), "mean over channels", MAP),
         sample(lambda x: x.norm(dim=1, keepdim=True), "norm over channels", MAP),
         sample(lambda x: x.max(1)[0], "max over channels", MAP, prunable=False),
         sample(lambda x: x.std((2, 3)), "deviation over positions", MAP),

@@ -109,7 +109,7 @@ def test_sliced_equals_silenced(index: int, seed: int) -> None:
         return
     result = carried_out(index, seed)
     reference = silenced(model, result.plan)
-    if "sum" in str(sample) or "matrix" in str(sample):
+    if any(word in str(sample) for word in ("sum", "matrix", "norm over")) or groups.labels.counted:
         silence_outputs(reference.fronts, result.plan)
     for batch in (1, 2, 5):
         assert_equal_fp64(outputs(result.model, sample, batch), outputs(reference, sample, batch))
