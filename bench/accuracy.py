@@ -92,7 +92,7 @@ def prepare(subject: Subject, weights: Path, images: int, seed: int) -> Task:
 
 # ---- methods -------------------------------------------------------------------------------------------------------
 
-def ours(criterion: str, *, statistics: bool = False, reconstruct: bool = False) -> Prune:
+def ours(criterion: str, *, statistics: bool = False, reconstruct: bool | Mapping[str, Any] = False) -> Prune:
     def run(task: Task, share: float) -> nn.Module:
         found = prune(task.model, task.calibration[:2], Target(macs=share), criterion=criterion,
                       calibrate=task.calibration, reconstruct=reconstruct).model
@@ -146,6 +146,7 @@ def chosen(model: nn.Module) -> list[nn.Module]:
 
 METHODS: Mapping[str, Prune] = {
     "prunekern": ours("obs", reconstruct=True),
+    "prunekern obs and least squares": ours("obs", reconstruct={"passes": 0}),
     "prunekern obs": ours("obs", statistics=True),
     "prunekern l2 and reconstruction": ours("l2", reconstruct=True),
     **{f"prunekern {name}": ours(name, statistics=True) for name in ("l2", "l1", "bn_scale", "activation", "chip")},
