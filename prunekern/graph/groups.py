@@ -122,9 +122,19 @@ def find_groups(labels: Labels) -> Groups:
                 by_axis.setdefault(int(kind), []).append(key)
     rank = _graph_order(labels)
     families = [_family(labels, ids[inverse == kind], by_axis[kind], rank) for kind in range(len(first))]
-    families.sort(key=lambda family: min(rank.get(m.name, 1 << 30) for m in family.members if m.role != "in")
-                  if any(m.role != "in" for m in family.members) else 1 << 30)
+    families.sort(key=lambda family: _place(labels, family, rank))
     return Groups(labels, _named(families))
+
+
+def _place(labels: Labels, family: Family, rank: dict[str, int]) -> tuple[int, int]:
+    """(first use of what issues the family's channels, the first of these channels): one order, however groups are
+    numbered."""
+    issuers = [m for m in family.members if m.role != "in" and m.name in rank]
+    if not issuers:
+        return 1 << 30, int(family.groups.min())
+    first = min(issuers, key=lambda member: rank[member.name])
+    axis = labels.axes[first.name, first.axis].reshape(-1)
+    return rank[first.name], int(torch.isin(axis, family.groups).int().argmax())
 
 
 def _kinds(groups: Tensor, owned: np.ndarray, ids: np.ndarray, inverse: np.ndarray) -> np.ndarray:

@@ -39,7 +39,6 @@ from tests.zoo import ZOO
 
 NOTHING = {
     "constant_index": "looked up by an index",                         # x[:, order], where order is computed with, too
-    "gmlp": "normalises across channels",
     "outer_product": "two kinds of channels share the mixed axis",
 }
 """Networks in which every channel stays, and a word of the reason that is given."""
@@ -120,7 +119,7 @@ FAMILIES: dict[str, dict[str, int]] = {
     "mobilenet_v3": {"stem.0": 8, "expand.0": 20, "squeeze": 6},
     "res2net": {"stem.0": 10, "reduce.0": 3, "reduce.0#2": 3, "reduce.0#3": 3, "reduce.0#4": 3, "convs.2.0": 3},
     "csp": {"cv1.0": 5, "cv1.0#2": 5, "blocks.0.0.0": 4, "blocks.1.0.0": 4, "cv2.0": 8},
-    "dual_path": {"stem.0": 4, "stem.0#2": 6, "block1.0.0": 7, "block1.1": 2, "block2.0.0": 7, "block2.1": 2},
+    "dual_path": {"stem.0": 6, "stem.0#2": 4, "block1.0.0": 7, "block1.1": 2, "block2.0.0": 7, "block2.1": 2},
     "se_block": {"stem.0": 8, "fc.0": 3},
     "cbam": {"mlp.0": 4},                                              # mean and max over channels hold the map
     "spatial_gate": {"conv.0": 8, "gate.0.0": 6},
@@ -137,14 +136,14 @@ FAMILIES: dict[str, dict[str, int]] = {
     "parameter_list": {"weights": 8, "weights#2": 9},
     "masked_weight": {"fc1.weight[0]": 12},
     "several_outputs": {"conv2.0": 9},                                 # the others go out
-    "positional_embedding": {"fc1": 12},
-    "channel_slices": {"conv.0": 1, "conv.0#2": 4, "conv.0#3": 2, "a": 6},    # every other one is read: pairs leave
-    "dropped_channels": {"conv.0": 7, "conv.0#2": 5},                  # the second family is dead already
+    "positional_embedding": {"word": 10, "fc1": 12},
+    "channel_slices": {"conv.0": 4, "conv.0#2": 1, "conv.0#3": 2, "a": 6},    # every other one is read: pairs leave
+    "dropped_channels": {"conv.0": 5, "conv.0#2": 7},                  # the first family is dead already
     "roll": {"conv1.0": 2, "conv1.0#2": 2, "conv1.0#3": 2, "conv1.0#4": 2, "conv2.0": 9},
     "heads_view": {"fc1": 4, "fc2": 10},                               # softmax within each head: whole heads
-    "group_norm": {"0": 4, "6": 10},                                   # whole normalisation groups
+    "group_norm": {"0": 4, "3": 8, "6": 10},                           # whole groups; channels of a single one
     "instance_norm": {"1": 8, "4": 10, "7": 6},
-    "layer_norm_mlp": {"3": 10},
+    "layer_norm_mlp": {"0": 16, "3": 10},
     "maxout": {"conv1": 6, "conv2": 5},
     "channel_reductions": {"conv1": 8, "conv3": 7},                    # a sum forgives, a mean does not
     "recurrent": {"conv": 8, "lstm": 6, "lstm#2": 6, "lstm#3": 6, "lstm#4": 6, "gru": 7},    # 2 layers, 2 ways
@@ -155,9 +154,9 @@ FAMILIES: dict[str, dict[str, int]] = {
     "lstm_cell_loop": {"fc1": 6, "low": 8, "high": 7},
     "summed_directions": {"rnn": 8, "rnn#2": 8, "rnn#3": 8, "cell": 6},
     "mha_block": {"attention": 3, "ffn.0": 20},
-    "vit": {"attention": 4, "fc1": 24},
-    "mlp_mixer": {"tokens.0": 9, "channels.0": 16},
-    "convnext": {"fc1": 24},
+    "vit": {"patch": 12, "attention": 4, "fc1": 24},
+    "mlp_mixer": {"patch": 10, "tokens.0": 9, "channels.0": 16},
+    "convnext": {"stem": 8, "fc1": 24},
     "separate_qkv": {"q": 4},                                          # a head of each projection
     "gqa_expand": {"q": 2},                                            # two query heads with their key head
     "gqa_interleave": {"q": 2},
@@ -173,7 +172,7 @@ FAMILIES: dict[str, dict[str, int]] = {
     "linear_attention": {"q": 4},
     "gated_heads": {"q": 4},
     "axial_attention": {"stem.0": 8, "qkv": 2},
-    "unfolded_patches": {"stem.0": 6, "qkv": 2, "back": 6, "fuse": 7},
+    "unfolded_patches": {"stem.0": 6, "into": 8, "qkv": 2, "back": 6, "fuse": 7},
     "cross_attention": {"kv": 4, "up": 16},
     "decoder_layer": {"layer.self_attn": 3, "layer.multihead_attn.in_proj_weight[0]": 3, "layer.linear1": 18},
     "rotary_interleaved": {"q": 3},
@@ -188,8 +187,8 @@ FAMILIES: dict[str, dict[str, int]] = {
     "module_experts": {"shared.0": 5, "experts.0.0": 7, "experts.1.0": 8, "experts.2.0": 9},
     "dynamic_convolution": {"stem": 6, "router": 3, "bank[1]": 8},
     "llama_block": {"q_proj": 2, "gate_proj": 14},
-    "gpt_block": {"c_attn": 3, "c_fc": 20},
-    "bert_layer": {"query": 3, "intermediate": 18, "pooler": 12},
+    "gpt_block": {"wte": 12, "c_attn": 3, "c_fc": 20},
+    "bert_layer": {"words": 12, "query": 3, "intermediate": 18, "pooler": 12},
     "t5_layers": {"relative": 2},                                      # one bias for the heads of both layers
     "octave": {"high.0": 6, "low.0": 4, "mix.lh": 7, "mix.ll": 5},
     "high_resolution": {"stem.0": 6, "down.0": 8, "branches.0.0": 6, "branches.1.0": 8},
