@@ -121,7 +121,8 @@ class Case:
             lines.append(line)
         head = (f"{self.model}, batch {self.batch}, {self.threads} thread{'s' * (self.threads > 1)}: µs a call, p50 "
                 "(p20 - p80); x: times as fast as eager on the dense network; peak: share of the machine's")
-        found = {(n.name, league): self.ratio(n.name, league) for n in self.networks for league in ("fp32", "opt-in")}
+        found = {(n.name, league): self.ratio(n.name, league) for n in self.networks
+                 for league in dict.fromkeys(e.contender.league for e in self.entries)}
         ratios = [f"  {name}, {league}: {ratio}" for (name, league), ratio in found.items() if ratio is not None]
         reasons = [f"  {e.contender.name} ({e.network}) {e.state}: {e.reason}" for e in self.entries if e.reason]
         return "\n".join((head, *aligned(lines), *ratios, *reasons))

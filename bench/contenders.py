@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
+from bench import cuda_peers
 from bench.isolation import OutOfTime, own_signal_stack, quiet, time_limit
 from bench.verified import allowed, error_rows
 from prunekern.backends import BACKENDS, lower
@@ -27,9 +28,12 @@ from prunekern.errors import BackendUnavailable
 from prunekern.lower.tolerance import error
 
 Call = Callable[[], object]
-DTYPES = {"fp32": torch.float32, "fp16 weights": torch.float32, "bf16": torch.bfloat16}      # of the arithmetic
-OPT_IN = {"cpu": {"fp16 weights": {"weights": "fp16"},          # backend -> precision -> options of ``lower``
-                  "bf16": {"dtype": "bf16"}}}
+DTYPES = {"fp32": torch.float32, "fp16 weights": torch.float32, "bf16": torch.bfloat16,     # of the arithmetic
+          "tf32": torch.float32, "fp16": torch.float16}
+OPT_IN: dict[str, dict[str, dict[str, Any]]] = {                # backend -> precision -> options of ``lower``
+    "cpu": {"fp16 weights": {"weights": "fp16"}, "bf16": {"dtype": "bf16"}},
+    "triton": {"tf32": {"precision": "tf32"}, "fp16": {}}}      # fp16: the model itself is in it
+ON_GPU = ("fp32", "tf32", "fp16")                               # leagues there; each has its peers
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,17 @@ class Contender:
     unavailable: Callable[[Setting], str | None] = lambda setting: None
     precision: str = "fp32"
     ours: bool = False
+    on_gpu: bool = False
 
     @property
     def league(self) -> str:
-        """Those that ask for less precision than fp32 are compared among themselves."""
-        return "fp32" if self.precision == "fp32" else "opt-in"
+        """Those that ask for less precision than fp32 are compared among themselves; on GPUs, each precision is."""
+        return self.precision if self.on_gpu or self.precision == "fp32" else "opt-in"
+
+    @property
+    def held_to(self) -> str:
+        """The precision in which eager says how far off is right; ours are held to fp32 where they are given fp32."""
+        return self.precision if not self.ours or (self.on_gpu and self.precision == "fp16") else "fp32"
 
 
 @dataclass(frozen=True)
@@ -116,8 +126,9 @@ class Truth:
         errors = {}
         for precision in precisions:
             narrow = copy.deepcopy(model).to(DTYPES[precision])
-            errors[precision] = tuple(error(narrow(x.to(DTYPES[precision])), y64)
-                                      for x, y64 in zip(some, exact, strict=True))
+            with cuda_peers.arithmetic(precision):
+                errors[precision] = tuple(error(narrow(x.to(DTYPES[precision])), y64)
+                                          for x, y64 in zip(some, exact, strict=True))
         return cls(inputs, picked, exact, errors)
 
     @torch.inference_mode()
@@ -125,7 +136,7 @@ class Truth:
         """The worst of the inputs, by ``prunekern.lower.tolerance``: eager's own error in that precision, some times
         over, and a floor. Ours are held to eager in fp32 and to their rows of the table, whatever they round. Peers
         pass up to ``PEER`` in any case: in which order they sum is their affair."""
-        found, precision = [], "fp32" if contender.ours else contender.precision
+        found, precision = [], contender.held_to
         for x, y64, own in zip(self.inputs, self.exact, self.torch_errors[precision], strict=True):
             call = runner.bind(x)
             start = time.perf_counter()
@@ -155,6 +166,30 @@ def _channels_last(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
     return Runner(lambda x: (lambda y: lambda: model(y))(x.contiguous(memory_format=torch.channels_last)))
 
 
+def _on_gpu(make: Callable[..., Any], precision: str, takes_input: bool) -> Callable[..., Runner]:
+    def ready(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
+        return Runner(make(model, x, precision) if takes_input else make(model, precision))
+    return ready
+
+
+def _compiled_on_gpu(precision: str) -> Callable[[nn.Module, Tensor, Setting], Runner]:
+    """torch.compile's best: max-autotune, CUDA graphs, channels last."""
+    def make(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
+        with cuda_peers.arithmetic(precision):
+            inner = _compiled("max-autotune")(cuda_peers.narrowed(model, precision),
+                                              cuda_peers.converted(x, precision), setting)
+
+        def bind(x: Tensor) -> Call:
+            call = inner.bind(cuda_peers.converted(x, precision))
+
+            def run() -> object:        # the flag is one of the compiled code's guards
+                with cuda_peers.arithmetic(precision):
+                    return call()
+            return run if precision == "tf32" else call
+        return Runner(bind)
+    return make
+
+
 def _compiled(mode: str | None = None, **config: Any) -> Callable[[nn.Module, Tensor, Setting], Runner]:
     def make(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
         def call(x: Tensor) -> Any:
@@ -174,32 +209,16 @@ def _compiled(mode: str | None = None, **config: Any) -> Callable[[nn.Module, Te
     return make
 
 
-def _cuda_graph(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
-    """Eager's kernels recorded once and replayed; a call copies its input in, as torch.compile's graphs do."""
-    static, stream = x.clone(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):
-            model(static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        output = model(static)
-
-    def bind(x: Tensor) -> Call:
-        def call() -> Tensor:
-            static.copy_(x)
-            graph.replay()
-            return output
-        return call
-    return Runner(bind)
-
-
-def _lowered(backend: Backend, precision: str = "fp32", **options: Any) -> Contender:
+def _lowered(backend: Backend, precision: str = "fp32", /, **options: Any) -> Contender:
     """options: of ``lower``, for a precision that has to be asked for."""
+    on_gpu = backend.devices[0] == "cuda"
+
     def make(model: nn.Module, x: Tensor, setting: Setting) -> Runner:
-        lowered = lower(model, x, backend=backend.name, verify=False, **options)       # held to fp64 by Truth, as all
-        return Runner(lambda x: lambda: lowered(x), rows=partial(error_rows, lowered))
+        half = on_gpu and precision == "fp16"
+        given = (copy.deepcopy(model).half(), x.half()) if half else (model, x)
+        lowered = lower(*given, backend=backend.name, verify=False, **options)       # held to fp64 by Truth, as all
+        return Runner(lambda x: (lambda y: lambda: lowered(y))(x.half() if half else x),
+                      rows=lambda x: error_rows(lowered, x.half() if half else x))
 
     def unavailable(setting: Setting) -> str | None:
         if setting.device.type not in backend.devices:
@@ -210,7 +229,7 @@ def _lowered(backend: Backend, precision: str = "fp32", **options: Any) -> Conte
             return str(error)
         return backend.unavailable()
     name = f"lowered, {backend.name}" + ("" if precision == "fp32" else f", {precision}")
-    return Contender(backend.name, name, make, unavailable, precision, ours=True)
+    return Contender(backend.name, name, make, unavailable, precision, ours=True, on_gpu=on_gpu)
 
 
 # ---- others ----------------------------------------------------------------------------------------------------
@@ -293,20 +312,23 @@ PEERS = {
             Contender("onnxruntime", "ONNX Runtime", _onnxruntime, _needs("onnx", "onnxscript", "onnxruntime")),
             Contender("openvino", "OpenVINO f32", _openvino, _needs("onnx", "onnxscript", "openvino")),
             Contender("openvino-bf16", "OpenVINO bf16", partial(_openvino, precision="bf16"), _openvino_bf16, "bf16")),
-    "cuda": (Contender("eager", "eager", _eager), Contender("channels_last", "channels_last", _channels_last),
-             Contender("cuda-graph", "eager, CUDA graph", _cuda_graph),
-             Contender("compile", "torch.compile, reduce-overhead", _compiled("reduce-overhead")),
-             Contender("compile", "torch.compile, max-autotune", _compiled("max-autotune"))),
+    "cuda": (Contender("eager", "eager", _eager, on_gpu=True), *(
+        Contender(key, title if precision == "fp32" else f"{title}, {precision}", make, needs, precision, on_gpu=True)
+        for precision in ON_GPU for key, title, make, needs in (
+            ("channels_last", "channels_last", _on_gpu(cuda_peers.eager, precision, False), lambda setting: None),
+            ("cuda-graph", "eager, CUDA graph", _on_gpu(cuda_peers.recorded, precision, True), lambda setting: None),
+            ("compile", "torch.compile, max-autotune", _compiled_on_gpu(precision), lambda setting: None),
+            ("tensorrt", "TensorRT", _on_gpu(cuda_peers.tensorrt, precision, True), _needs("torch_tensorrt"))))),
 }
 
 
 def contenders(setting: Setting, peers: Sequence[str] | None = None, backends: Sequence[str] | None = None,
-               ) -> tuple[Contender, ...]:
+               precisions: Sequence[str] | None = None) -> tuple[Contender, ...]:
     """Who takes part on a device.
 
     peers: keys of PEERS, None for all; eager is always there, first, and is what ratios in print refer to.
     backends: this library's, by name; None for the best that runs on the device. Their opt-in precisions take part
-    where a peer's does.
+    where a peer's does. precisions: None for all; eager, in fp32, is there in any case.
     """
     taking = [peer for peer in PEERS[setting.device.type] if peers is None or peer.key in ("eager", *peers)]
     if backends is None:
@@ -314,7 +336,8 @@ def contenders(setting: Setting, peers: Sequence[str] | None = None, backends: S
         backends = [next(able)]
     ours = [contender for backend in BACKENDS if backend.name in backends for contender in _modes(backend)]
     leagues = {contender.league for contender in taking}
-    return (*taking, *[contender for contender in ours if contender.league in leagues])
+    everybody = (*taking, *[contender for contender in ours if contender.league in leagues])
+    return tuple(c for c in everybody if precisions is None or c.key == "eager" or c.precision in precisions)
 
 
 def _modes(backend: Backend) -> list[Contender]:

@@ -6,9 +6,10 @@
     python bench/latency.py --table RESULTS.json [--readme README.md]         # its table, from what was measured
 
 Every contender is held to eager before it is timed (`prunekern.lower.tolerance`); one that misses is shown as
-failed. All contenders of a case take turns in one process (`prunekern.analysis.latency`). The file is written after
-every case; `--resume` goes on with one that was stopped. Exit status: 0; 1 where a lowered backend failed; 2 on wrong
-arguments; 3, with the reason, where the device is not there.
+failed. All contenders of a case take turns in one process (`prunekern.analysis.latency`; on a GPU by its own clock and
+with cold caches, `bench/cuda_clock.py`). The file is written after every case; `--resume` goes on with one that was
+stopped. Exit status: 0; 1 where a lowered backend failed; 2 on wrong arguments; 3, with the reason, where the device is
+not there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import machine, table  # noqa: E402
 from bench.cases import SCHEMA, Case, Entry, Results  # noqa: E402
-from bench.contenders import PEERS, Call, Contender, Setting, Truth, contenders  # noqa: E402
+from bench.contenders import DTYPES, PEERS, Call, Contender, Setting, Truth, contenders  # noqa: E402
+from bench.cuda_clock import measure_on_gpu  # noqa: E402
 from bench.networks import MODELS, TABLE, Network, networks  # noqa: E402
 from prunekern.analysis.latency import measure, synchroniser  # noqa: E402
 from prunekern.backends import BACKENDS  # noqa: E402
@@ -40,7 +42,8 @@ from tests.models import make  # noqa: E402
 
 NO_DEVICE = 3
 ROUNDS = 5          # at least, however long a call takes
-SETTINGS = ("peers", "backends", "macs", "seconds", "cap", "compile_limit")     # a run is resumed with the same ones
+# A run is resumed with the same ones.
+SETTINGS = ("peers", "backends", "precisions", "macs", "seconds", "cap", "compile_limit")
 
 
 @lru_cache(maxsize=1)
@@ -58,7 +61,7 @@ def run_case(name: str, batch: int, setting: Setting, args: argparse.Namespace, 
     generator = torch.Generator().manual_seed(1)
     inputs = tuple(torch.randn(batch, *one.shape[1:], generator=generator).to(setting.device) for _ in range(2))
     torch._dynamo.reset()
-    taking = contenders(setting, args.peers, args.backends)
+    taking = contenders(setting, args.peers, args.backends, args.precisions)
     entries: dict[str, Entry] = {}
     calls: dict[str, Call] = {}
     for net in nets:
@@ -71,7 +74,11 @@ def run_case(name: str, batch: int, setting: Setting, args: argparse.Namespace, 
             if call is not None:
                 calls[key] = call
     tell(f"{len(calls)} take turns")
-    for row in measure(calls, seconds=args.seconds, min_rounds=ROUNDS, synchronise=synchroniser(setting.device)):
+    if setting.device.type == "cuda":
+        rows = measure_on_gpu(calls, seconds=args.seconds, min_rounds=ROUNDS)
+    else:
+        rows = measure(calls, seconds=args.seconds, min_rounds=ROUNDS, synchronise=synchroniser(setting.device))
+    for row in rows:
         entries[row.name] = replace(entries[row.name], row=row)
     return Case(name, batch, setting.threads, tuple(nets), tuple(entries.values()), peak)
 
@@ -137,6 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several("--peers", str, metavar="NAME", help="default: all; on a CPU "
             + ", ".join(dict.fromkeys(peer.key for peer in PEERS["cpu"])))
     several("--backends", str, metavar="NAME", help="of this library; default: the best one on the device")
+    several("--precisions", str, metavar="NAME", help=f"of {', '.join(DTYPES)}; default: all that there are")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time per contender and network "
                         f"(at least {ROUNDS} rounds)")
     parser.add_argument("--cap", type=float, default=120.0, help=f"seconds that {ROUNDS} rounds of one contender may "
@@ -151,6 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.models = args.models or (TABLE if on_cpu else ("fashion", "lenet", "mlp", "resnet20"))
     args.macs = args.macs or (None if on_cpu else (0.5,))
     for what, given, known in (("models", args.models, MODELS), ("backends", args.backends, [b.name for b in BACKENDS]),
+                               ("precisions", args.precisions, DTYPES),
                                ("peers", args.peers, [peer.key for peer in PEERS[args.device]])):
         strange = sorted(set(given or ()) - set(known))
         if strange:

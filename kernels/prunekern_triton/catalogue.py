@@ -19,7 +19,7 @@ from prunekern_triton.gemm import gemm_launches, reduce_launch
 from prunekern_triton.geometry import Window
 from prunekern_triton.head import head_launches, mean_launches
 from prunekern_triton.launch import Config, Launch, up
-from prunekern_triton.mlp import mlp_launches
+from prunekern_triton.mlp import mlp_launches, rounded
 from prunekern_triton.norm import group_norm_launches, row_norm_launches
 from prunekern_triton.pack import pitch
 from prunekern_triton.softmax import softmax_launches
@@ -27,6 +27,7 @@ from prunekern_triton.stem import im2col_launches, stem_launches
 
 Launches = tuple[Launch, ...]
 TYPES = (("fp16", torch.float16, "ieee"), ("tf32", torch.float32, "tf32"), ("fp32", torch.float32, "ieee"))
+MLPS = ((40, 10), (120, 84, 10), (128, 128), (64, 64, 64), (128, 128, 128))
 BF16 = ("bf16", torch.bfloat16, "ieee")
 
 
@@ -103,9 +104,10 @@ def _products(arch: int, kind: str, dtype: torch.dtype, precision: str, configs:
         yield case("stem", config, stem_launches(
             meta(8, 56, 56, 4, dtype=dtype), meta(512, 208, dtype=dtype), c, n, wide, after, precision=precision,
             config=config))
-    yield case("grouped conv", configs[-1], conv_launches(
-        meta(8, 28, 28, 120, dtype=dtype), meta(8, 16, 9 * 15, dtype=dtype), meta(m, 120, dtype=dtype), 120, window,
-        _after(m, 120, dtype), groups=8, channels=15, precision=precision, config=configs[-1]))
+    for config in candidates(arithmetic(dtype, precision), arch, "groups"):
+        yield case("grouped conv", config, conv_launches(
+            meta(8, 28, 28, 120, dtype=dtype), meta(8, 16, 9 * 15, dtype=dtype), meta(m, 120, dtype=dtype), 120, window,
+            _after(m, 120, dtype), groups=8, channels=15, precision=precision, config=config))
     if arch >= 90 and kind != "fp32":
         for config in gemm_tma.CONFIGS["tf32" if kind == "tf32" else "half"]:
             yield case("gemm, TMA", config, gemm_tma.gemm_tma_launches(
@@ -145,11 +147,11 @@ def _others(kind: str, dtype: torch.dtype) -> Iterator[Case]:
 
 def _mlps(kind: str, dtype: torch.dtype, precision: str) -> Iterator[Case]:
     vector = meta(128, dtype=torch.float32)
-    for widths in ((40, 10), (120, 84, 10), (128, 128, 128)):
+    for widths in MLPS:
         depth, layers = 784, []
         for n in widths:
-            layers.append((meta(up(n, 16), up(depth, 8), dtype=dtype), vector, n, "relu"))
-            depth = n
-        launches = mlp_launches(meta(64, 784, dtype=dtype), layers, meta(64, pitch(depth, dtype), dtype=dtype),
+            layers.append((meta(rounded(n), depth, dtype=dtype), vector, n, "relu"))
+            depth = rounded(n)
+        launches = mlp_launches(meta(64, 784, dtype=dtype), layers, meta(64, pitch(widths[-1], dtype), dtype=dtype),
                                 precision=precision)
         yield Case(f"mlp {'-'.join(map(str, widths))}", kind, None, launches[0], matrix=True)

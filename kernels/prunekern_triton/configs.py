@@ -40,8 +40,10 @@ _TF32 = {
 # No matrix unit does IEEE fp32: plain multiply-adds, as many sums in registers as there is room for.
 _IEEE = {
     "small": (C(16, 64, 32, 4, 2), C(32, 32, 32, 4, 2)),
-    80: (C(64, 64, 16, 4, 3), C(64, 32, 16, 4, 3), C(128, 32, 16, 4, 3), C(64, 16, 32, 4, 3)),
+    80: (C(64, 64, 16, 8, 3), C(64, 32, 16, 4, 2), C(128, 32, 16, 8, 3), C(64, 16, 32, 4, 3)),
 }
+# The channels of a group start anywhere: elements are loaded one by one, and small tiles have room for their addresses.
+_GROUPS = (C(64, 16, 32, 4, 2), C(32, 32, 32, 4, 2), C(64, 32, 32, 4, 2))
 _INTERPRETED = C(256, 128, 128, 4, 1)
 _CHIP = {80: 80, 86: 86, 89: 86, 90: 90, 100: 90}
 
@@ -51,8 +53,10 @@ def arithmetic(dtype: torch.dtype, precision: str = "ieee") -> str:
     return "half" if dtype.itemsize == 2 else precision
 
 
-def candidates(kind: str, arch: int) -> tuple[Config, ...]:
-    """All that are shipped for a chip. kind: of ``arithmetic``."""
+def candidates(kind: str, arch: int, op: str = "gemm") -> tuple[Config, ...]:
+    """All that are shipped for a chip. kind: of ``arithmetic``. op: "groups" for convolutions with groups."""
+    if op == "groups":
+        return _GROUPS
     table = {"half": _HALF, "tf32": _TF32, "ieee": _IEEE}[kind]
     chip = _CHIP.get(arch, 80 if arch < 90 else 90)
     return (*table.get(chip, table[80]), *table["small"])
@@ -78,22 +82,22 @@ def multiprocessors(device: int | None = None) -> int:
 @lru_cache(maxsize=4096)
 def choose(op: str, dtype: torch.dtype, m: int, n: int, k: int, precision: str = "ieee", arch: int | None = None,
            units: int | None = None) -> Config:
-    """The guess for an ``[m, k] x [k, n]`` product: least of (waves of tiles x what one tile takes), by a model.
+    """The guess for an ``[m, k] x [k, n]`` product (op: gemm, conv, stem or groups).
 
-    A tile takes as long as its arithmetic or its loads, whichever is more; tiles that reach beyond the matrix do so in
-    vain. Depth is split where too few tiles would leave most of the chip idle.
+    By a model: the least of waves of tiles times what one tile takes, its arithmetic or its loads, whichever is more;
+    tiles that reach beyond the matrix do so in vain. Depth is split where too few tiles would leave the chip idle.
     """
     if INTERPRETED:
         return interpreted(m, n, k)
     arch, units = arch or architecture(), units or multiprocessors()
-    best = ranked(arithmetic(dtype, precision), arch, m, n, k, units)[0]
-    return _split(best, m, n, k, units) if op == "gemm" else best
+    best = ranked(arithmetic(dtype, precision), arch, m, n, k, units, op)[0]
+    return best if op == "stem" else _split(best, m, n, k, units)
 
 
-def ranked(kind: str, arch: int, m: int, n: int, k: int, units: int) -> list[Config]:
+def ranked(kind: str, arch: int, m: int, n: int, k: int, units: int, op: str = "gemm") -> list[Config]:
     """The candidates for a product, best guess first."""
-    options = [c for c in candidates(kind, arch) if c.m <= max(16, 2 * m) and c.n <= max(16, 2 * n)]
-    return sorted(options, key=lambda c: _seconds(c, m, n, k, units))
+    options = [c for c in candidates(kind, arch, op) if c.m <= max(16, 2 * m) and c.n <= max(16, 2 * n)]
+    return sorted(options or candidates(kind, arch, op), key=lambda c: _seconds(c, m, n, k, units))
 
 
 def interpreted(m: int, n: int, k: int) -> Config:

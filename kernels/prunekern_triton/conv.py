@@ -77,7 +77,7 @@ def conv_launches(x: Tensor, b: Tensor, c: Tensor, n: int, window: Window, epilo
     """
     (m, width), residual, packed = c.shape, epilogue.residual, b.shape[-1] // window.taps
     each, own = n // groups, (channels or x.shape[3])
-    config = config or choose("gemm", x.dtype, m, each, window.taps * packed)
+    config = config or choose("groups" if groups > 1 else "conv", x.dtype, m, each, window.taps * packed, precision)
     pitch = rows(x).stride(0)
     step = unit(x.dtype, packed, pitch, b.shape[-1], *((own,) if groups > 1 else ()))
     if config.split > 1 and parts is None:

@@ -93,7 +93,7 @@ def gemm_launches(a: Tensor, b: Tensor, c: Tensor, n: int, epilogue: Epilogue = 
     ``workspace(M, n, config)`` elements where the config splits K. Where a's columns hold a pitch, so must b's.
     """
     (m, k), width = a.shape, c.shape[1]
-    config = config or choose("gemm", a.dtype, m, n, k)
+    config = config or choose("gemm", a.dtype, m, n, k, precision)
     if config.split > 1 and parts is None:
         parts = torch.empty(workspace(m, n, config), dtype=torch.float32, device=a.device)
     step, residual = unit(a.dtype, k, a.stride(0), b.stride(0)), epilogue.residual

@@ -24,8 +24,7 @@ from prunekern_triton.pack import align
 
 __all__ = ["CONFIGS", "gemm_ref", "gemm_tma", "gemm_tma_launches", "takes"]
 
-CONFIGS = {"half": (Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4),
-                    Config(64, 128, 64, 4, 4)),
+CONFIGS = {"half": (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4), Config(64, 128, 64, 4, 4)),
            "tf32": (Config(128, 128, 32, 8, 4), Config(128, 64, 32, 4, 4))}
 
 
@@ -61,7 +60,7 @@ def gemm_tma_launches(a: Tensor, b: Tensor, c: Tensor, n: int, epilogue: Epilogu
                       ) -> tuple[Launch, ...]:
     """The launch of a persistent product; arguments as for ``gemm.gemm_launches``. programs: multiprocessors to use."""
     (m, k), width, residual = a.shape, c.shape[1], epilogue.residual
-    config = config or CONFIGS["half" if a.dtype.itemsize == 2 else "tf32"][1]
+    config = config or CONFIGS["half" if a.dtype.itemsize == 2 else "tf32"][0]
     programs = programs or multiprocessors(a.device.index if a.is_cuda else None)
     out = unit(c.dtype, width, c.stride(0), *(() if residual is None else (residual.stride(0),)))
     count = tiles(m, config.m) * tiles(width, config.n)

@@ -10,18 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekern_triton.activations import REFERENCES, activate
+from prunekern_triton.configs import arithmetic
 from prunekern_triton.gemm import PRECISIONS, unit
-from prunekern_triton.launch import INTERPRETED, Launch, is_wide, power, tiles, up
+from prunekern_triton.launch import INTERPRETED, Launch, is_wide, power, tiles
 
-WIDEST = 128            # of a layer's outputs
+WIDEST = 128            # outputs of a layer
 
 
 @triton.jit
-def mlp_kernel(x, w0, b0, w1, b1, w2, b2, c, M, K, N0, N1, N2, NP, ldx, ld0, ld1, ld2, ldc, IN: tl.constexpr,
+def mlp_kernel(x, w0, b0, w1, b1, w2, b2, c, M, K, N0, N1, N2, NP, ldx, ld0, ldc, IN: tl.constexpr,
                WIDE: tl.constexpr, THREE: tl.constexpr, PRECISION: tl.constexpr, ACT0: tl.constexpr, ACT1: tl.constexpr,
                ACT2: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
                B2: tl.constexpr):
-    """c [M, NP] = the layers (w0, b0), (w1, b1) and, where THREE, (w2, b2) of x [M, K]; each B covers a layer."""
+    """c [M, NP] = the layers (w0 [B0, K], b0 [B0]), (w1 [B1, B0], b1) and, where THREE, (w2 [B2, B1], b2) of x [M, K].
+    What is beyond N0, N1 and N2 of them is zero, so that only what is between layers needs masks."""
     K, ldx, ld0 = K * IN, ldx * IN, ld0 * IN
     rows, deep = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BK)
     if WIDE:
@@ -31,47 +33,59 @@ def mlp_kernel(x, w0, b0, w1, b1, w2, b2, c, M, K, N0, N1, N2, NP, ldx, ld0, ld1
     for k in range(0, K, BK):
         there = (k + deep < K)[None, :]
         u = tl.load(x + rows[:, None] * ldx + k + deep[None, :], mask=live & there, other=0.0)
-        v = tl.load(w0 + n0[:, None] * ld0 + k + deep[None, :], mask=(n0 < N0)[:, None] & there, other=0.0)
+        v = tl.load(w0 + n0[:, None] * ld0 + k + deep[None, :], mask=there, other=0.0)
         h = tl.dot(u, tl.trans(v), h, input_precision=PRECISION)
-    h = activate(h + tl.load(b0 + n0, mask=n0 < N0, other=0.0)[None, :], ACT0, 0.0, 0.0, 0.0)
-    v = tl.load(w1 + n1[:, None] * ld1 + n0[None, :], mask=(n1 < N1)[:, None] & (n0 < N0)[None, :], other=0.0)
-    y = tl.dot(tl.where((n0 < N0)[None, :], h, 0.0).to(v.dtype), tl.trans(v), input_precision=PRECISION)
-    y = activate(y + tl.load(b1 + n1, mask=n1 < N1, other=0.0)[None, :], ACT1, 0.0, 0.0, 0.0)
+    h = tl.where((n0 < N0)[None, :], activate(h + tl.load(b0 + n0)[None, :], ACT0, 0.0, 0.0, 0.0), 0.0)
+    v = tl.load(w1 + n1[:, None] * B0 + n0[None, :])
+    y = tl.dot(h.to(v.dtype), tl.trans(v), input_precision=PRECISION)
+    y = tl.where((n1 < N1)[None, :], activate(y + tl.load(b1 + n1)[None, :], ACT1, 0.0, 0.0, 0.0), 0.0)
     if THREE:
         n2 = tl.arange(0, B2)
-        v = tl.load(w2 + n2[:, None] * ld2 + n1[None, :], mask=(n2 < N2)[:, None] & (n1 < N1)[None, :], other=0.0)
-        z = tl.dot(tl.where((n1 < N1)[None, :], y, 0.0).to(v.dtype), tl.trans(v), input_precision=PRECISION)
-        z = activate(z + tl.load(b2 + n2, mask=n2 < N2, other=0.0)[None, :], ACT2, 0.0, 0.0, 0.0)
-        tl.store(c + rows[:, None] * ldc + n2[None, :], tl.where((n2 < N2)[None, :], z, 0.0).to(c.dtype.element_ty),
-                 mask=live & (n2 < NP)[None, :])
+        v = tl.load(w2 + n2[:, None] * B1 + n1[None, :])
+        z = tl.dot(y.to(v.dtype), tl.trans(v), input_precision=PRECISION)
+        z = tl.where((n2 < N2)[None, :], activate(z + tl.load(b2 + n2)[None, :], ACT2, 0.0, 0.0, 0.0), 0.0)
+        tl.store(c + rows[:, None] * ldc + n2[None, :], z.to(c.dtype.element_ty), mask=live & (n2 < NP)[None, :])
     else:
-        tl.store(c + rows[:, None] * ldc + n1[None, :], tl.where((n1 < N1)[None, :], y, 0.0).to(c.dtype.element_ty),
-                 mask=live & (n1 < NP)[None, :])
+        tl.store(c + rows[:, None] * ldc + n1[None, :], y.to(c.dtype.element_ty), mask=live & (n1 < NP)[None, :])
 
 
-Layer = tuple[Tensor, Tensor, int, str]         # packed weight, fp32 bias, outputs, activation without constants
+Layer = tuple[Tensor, Tensor, int, str]         # packed weight and bias, outputs, activation without constants
+
+
+def rounded(outputs: int) -> int:
+    """Rows that a layer's weight is packed to. Fewer than 64 columns between four warps take so many copies of the rows
+    that registers spill."""
+    return power(outputs, 64)
+
+
+def pack_layer(weight: Tensor, bias: Tensor | None, columns: int) -> tuple[Tensor, Tensor]:
+    """``[N, K]`` and ``[N]`` to ``[rounded(N), columns]`` and fp32 ``[rounded(N)]``, zeros beyond. columns: the pitch
+    of the first layer's input; ``rounded`` outputs of the layer before for the others."""
+    n = len(weight)
+    packed, shift = weight.new_zeros(rounded(n), columns), torch.zeros(rounded(n), device=weight.device)
+    packed[:n, :weight.shape[1]] = weight
+    if bias is not None:
+        shift[:n] = bias
+    return packed, shift
 
 
 def mlp_launches(x: Tensor, layers: Sequence[Layer], c: Tensor, *, precision: str = "ieee") -> tuple[Launch, ...]:
-    """The launch of two or three layers, at most ``WIDEST`` outputs each.
+    """The launch of two or three layers that ``fits`` takes.
 
-    x: ``[M, K]``, lanes of a pitch included. Weights: ``pack.pack_linear``; the first as deep as x, others as deep as
-    the layer before is wide. c: ``[M, >= outputs]``, zeros beyond.
+    x: ``[M, K]``, lanes of a pitch included. Weights and biases: ``pack_layer``. c: ``[M, >= outputs]``, zeros beyond.
     """
     (m, k), three = x.shape, len(layers) == 3
     (w0, b0, n0, a0), (w1, b1, n1, a1) = layers[:2]
     w2, b2, n2, a2 = layers[2] if three else (None, None, 0, "")
     step = unit(x.dtype, k, x.stride(0), w0.stride(0))
-    width = c.shape[1]
     tall = power(min(m, 256), 16) if INTERPRETED else 16
-    last = max(width, n2 if three else n1)
     args = {"x": x, "w0": w0, "b0": b0, "w1": w1, "b1": b1, "w2": w2, "b2": b2, "c": c, "M": m, "K": k // step,
-            "N0": n0, "N1": n1, "N2": n2, "NP": width, "ldx": x.stride(0) // step, "ld0": w0.stride(0) // step,
-            "ld1": w1.stride(0), "ld2": 0 if w2 is None else w2.stride(0), "ldc": c.stride(0)}
+            "N0": n0, "N1": n1, "N2": n2, "NP": c.shape[1], "ldx": x.stride(0) // step, "ld0": w0.stride(0) // step,
+            "ldc": c.stride(0)}
     return (Launch(mlp_kernel, (tiles(m, tall),), args, {
         "IN": step, "WIDE": is_wide(x, c), "THREE": three, "PRECISION": PRECISIONS[precision], "ACT0": a0, "ACT1": a1,
-        "ACT2": a2, "BM": tall, "BK": 64 if x.dtype.itemsize == 2 else 32, "B0": power(n0, 16),
-        "B1": power(n1 if three else last, 16), "B2": power(last if three else 16, 16)}, 4, 3),)
+        "ACT2": a2, "BM": tall, "BK": 64 if x.dtype.itemsize == 2 else 32, "B0": len(w0), "B1": len(w1),
+        "B2": 16 if w2 is None else len(w2)}, 8 if arithmetic(x.dtype, precision) == "ieee" else 4, 3),)
 
 
 def mlp(x: Tensor, layers: Sequence[Layer], *, precision: str = "ieee") -> Tensor:
@@ -90,6 +104,6 @@ def mlp_ref(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     return x
 
 
-def fits(*outputs: int) -> bool:
-    """Whether layers of these widths go into one launch."""
-    return len(outputs) in (2, 3) and all(up(n, 16) <= WIDEST for n in outputs)
+def fits(*outputs: int, kind: str = "half") -> bool:
+    """Whether layers of these widths go into one launch. kind: of ``configs.arithmetic``."""
+    return len(outputs) in (2, 3) and max(outputs) <= WIDEST

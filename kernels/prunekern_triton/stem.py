@@ -89,7 +89,7 @@ def stem_launches(x: Tensor, b: Tensor, c: Tensor, n: int, window: Window, epilo
     ``pack_stem(weight, that pitch)``. c: ``[images * OH * OW, >= n]``; columns from n on get zeros.
     """
     (m, width), residual, pitch = c.shape, epilogue.residual, rows(x).stride(0)
-    config = config or choose("conv", x.dtype, m, n, b.shape[1], precision)
+    config = config or choose("stem", x.dtype, m, n, b.shape[1], precision)
     out = unit(c.dtype, width, c.stride(0), *(() if residual is None else (residual.stride(0),)))
     args: dict[str, Any] = {
         "x": x, "b": b, "c": c, "bias": epilogue.bias, "scale": epilogue.scale, "residual": residual, "M": m, "N": n,

@@ -21,7 +21,7 @@ from prunekern_triton.gemm_tma import gemm_tma
 from prunekern_triton.geometry import Window
 from prunekern_triton.head import head, head_ref, mean, mean_ref
 from prunekern_triton.launch import Config
-from prunekern_triton.mlp import mlp, mlp_ref
+from prunekern_triton.mlp import mlp, mlp_ref, pack_layer, rounded
 from prunekern_triton.norm import group_norm, group_norm_ref, row_norm, row_norm_ref
 from prunekern_triton.pack import pack_conv, pack_depthwise, pack_linear, pitch
 from prunekern_triton.softmax import softmax, softmax_ref
@@ -38,8 +38,14 @@ CONSTANTS = {"leaky_relu": (0.1,), "elu": (1.1, 1.05, 0.9), "softplus": (1.5, 20
              "softshrink": (0.5,)}
 
 
+def slack() -> float:
+    """A GPU's exponentials and divisions are good to a few units in the last place, the interpreter's to one."""
+    return 8.0 if torch.get_default_device().type == "cuda" else 1.0
+
+
 def close(ours: Tensor, exact: Tensor, factor: float = 1.0) -> None:
     assert exact.dtype == torch.float64
+    factor = factor * slack() if ours.dtype == torch.float32 else factor
     assert ours.shape == exact.shape
     error = float((ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
     assert error <= factor * ULPS[ours.dtype], f"{error:.1e}"
@@ -90,7 +96,7 @@ def test_activations(kind: str) -> None:
     ours = elementwise(x.view(1, -1, 16), activation=kind, constants=CONSTANTS.get(kind, ())).flatten().double()
     exact, own = (REFERENCES[kind](each, *CONSTANTS.get(kind, ())).double() for each in (x.double(), x))
     floor = 1e-7 * exact.abs().max() if kind in ("gelu", "gelu_tanh", "sin", "cos") else 1e-30
-    assert float(((ours - exact).abs() / (exact.abs() + floor)).max()) <= max(
+    assert float(((ours - exact).abs() / (exact.abs() + floor)).max()) <= slack() * max(
         5e-7, 2 * float(((own - exact).abs() / (exact.abs() + floor)).max()))
     odd = torch.tensor([torch.nan, 1e4, 0.0, 50.0]).repeat(4)
     found = elementwise(odd.view(1, 1, 16), activation=kind, constants=CONSTANTS.get(kind, ())).flatten()
@@ -98,7 +104,7 @@ def test_activations(kind: str) -> None:
     if kind != "sign":                              # torch gives 0 for NaN
         assert torch.equal(found.isnan(), odd.isnan())
     there = ~odd.isnan()
-    torch.testing.assert_close(found[there], wanted[there], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[there], wanted[there], rtol=1e-6 * slack(), atol=1e-6 * slack())
 
 
 def test_what_lies_behind_the_columns_is_zero_and_the_rest_untouched() -> None:
@@ -305,8 +311,9 @@ def test_mean(positions: int, channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("m", [1, 17])
 def test_mlp(m: int, widths: tuple[int, ...], dtype: torch.dtype) -> None:
     x = pitched(m, 77, dtype=dtype)
-    sizes = (x.shape[1], *widths)
-    layers = [(pack_linear((torch.randn(n, k) / k ** 0.5).to(dtype), k), torch.randn(n), n,
-               "sigmoid" if number + 1 < len(widths) else "")
-              for number, (k, n) in enumerate(itertools.pairwise(sizes))]
+    columns, layers = x.shape[1], []
+    for number, (k, n) in enumerate(itertools.pairwise((77, *widths)), 1):
+        weight, bias = pack_layer((torch.randn(n, k) / k ** 0.5).to(dtype), torch.randn(n), columns)
+        layers.append((weight, bias, n, "sigmoid" if number < len(widths) else ""))
+        columns = rounded(n)
     close(mlp(x, layers), mlp_ref(x.double(), layers), 3)

@@ -139,13 +139,21 @@ def test_who_takes_part() -> None:
     assert on_cpu[0] == on_gpu[0] == "eager"
     assert {"channels_last", "torch.compile, freezing", "ONNX Runtime", "OpenVINO f32", "OpenVINO bf16"} <= set(on_cpu)
     assert {"channels_last", "eager, CUDA graph", "torch.compile, max-autotune"} <= set(on_gpu)
-    assert "lowered, reference" in on_gpu
+    assert {"lowered, reference", "lowered, triton", "lowered, triton, tf32", "lowered, triton, fp16"} <= set(on_gpu)
+    gpu = Setting(torch.device("cuda"), 1)
+    for precision in ("tf32", "fp16"):          # each with peers of its own
+        some = contenders(gpu, ["channels_last", "compile"], ["triton"], [precision])
+        assert [c.name for c in some] == ["eager", f"channels_last, {precision}", f"torch.compile, max-autotune, "
+                                          f"{precision}", f"lowered, triton, {precision}"]
+        assert {c.league for c in some[1:]} == {precision}
+        assert [c.held_to for c in some[1:]] == [precision] * 2 + ["fp16" if precision == "fp16" else "fp32"]
     assert f"lowered, {OURS}" in on_cpu
     if OURS == "cpu":
         assert on_cpu[-2:] == ["lowered, cpu, fp16 weights", "lowered, cpu, bf16"]
     assert [c.name for c in contenders(SETTING, ["onnxruntime"])] == ["eager", "ONNX Runtime", f"lowered, {OURS}"]
     assert [c.name for c in contenders(SETTING, [], ["reference"])] == ["eager", "lowered, reference"]
     assert {c.precision for c in contenders(SETTING) if c.league == "fp32"} == {"fp32"}
+    assert {c.held_to for c in contenders(SETTING) if c.ours} == {"fp32"}
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from prunekern_triton.gemm_tma import takes as takes_tma
 from prunekern_triton.geometry import Window
 from prunekern_triton.head import head_launches
 from prunekern_triton.launch import Launch, up
-from prunekern_triton.mlp import Layer, mlp_launches
+from prunekern_triton.mlp import Layer, mlp_launches, pack_layer, rounded
 from prunekern_triton.pack import align, pack_conv, pack_depthwise, pack_linear, pitch
 from prunekern_triton.stem import im2col_launches, pack_stem, stem_launches
 
@@ -203,26 +203,27 @@ def _head(layout: DeviceLayout, fusion: Fusion) -> Kernel:
 
 def _mlp(layout: DeviceLayout, fusion: Fusion) -> Kernel:
     step, slot, layers = fusion.last, fusion.first.inputs[0], list[Layer]()
+    first: Tensor | None = None
     if slot.name in layout.flat:
-        x, packed, before = _flattened(layout, slot, fusion.first.weights["weight"])
+        x, first, before = _flattened(layout, slot, fusion.first.weights["weight"])
     else:
         x, before = layout.rows(slot, -1)
-        packed = None
-    depth = x.shape[1]
+    columns = x.shape[1]
     for each in fusion.steps:
-        layers.append(_layer(layout, each, depth, packed if each is fusion.first else None))
-        depth = len(layout.weight(each.weights["weight"]))
+        layers.append(_layer(layout, each, columns, first if each is fusion.first else None))
+        columns = rounded(layers[-1][2])
     launches = mlp_launches(x, layers, layout.place(step.output, -1), precision=layout.options.precision)
     return layout.launch(step, f"{len(layers)} layers", launches, before)
 
 
-def _layer(layout: DeviceLayout, step: Step, depth: int, packed: Tensor | None) -> Layer:
+def _layer(layout: DeviceLayout, step: Step, columns: int, ordered: Tensor | None) -> Layer:
+    """ordered: its weight with the columns in the input's order, where that is another one."""
     name, after = step.weights["weight"], step.epilogue
     weight = layout.weight(name)
     n = len(weight)
-    bias = torch.zeros(up(n, 16), dtype=torch.float32, device=layout.device) if after.bias is None else \
-        layout.vector(after.bias, up(n, 16))
-    if packed is None:
-        columns = up(depth, align(weight.dtype))
-        packed = layout.packed((name, "rows", columns), lambda: pack_linear(weight, columns))
-    return packed, bias, n, "" if after.activation is None else after.activation.kind
+    own = weight if ordered is None else ordered[:n]
+    bias = None if after.bias is None else layout.weight(after.bias)
+    key = (name, after.bias, "layer", columns, ordered is not None)
+    return (layout.packed(key, lambda: pack_layer(own, bias, columns)[0]),
+            layout.packed((*key, "bias"), lambda: pack_layer(own, bias, columns)[1]), n,
+            "" if after.activation is None else after.activation.kind)

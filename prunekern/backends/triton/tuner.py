@@ -82,15 +82,15 @@ class Selector:
         return found
 
     def guess(self, problem: Problem) -> Variant:
-        """By the model; only kernels with a split depth for whoever sums up parts."""
-        op = "conv" if problem.op == "stem" else "gemm"
-        return Variant("", configs.choose(op, problem.dtype, problem.m, problem.n, problem.k, problem.precision,
+        """By the model of the chip."""
+        return Variant("", configs.choose(problem.op, problem.dtype, problem.m, problem.n, problem.k, problem.precision,
                                           self.arch, self.units))
 
     def variants(self, problem: Problem, guess: Variant, fits_tma: bool) -> list[Variant]:
         """What to measure, likely ones first: the guess, other tiles, other kernels."""
         kind = configs.arithmetic(problem.dtype, problem.precision)
-        others = [Variant("", c) for c in configs.ranked(kind, self.arch, problem.m, problem.n, problem.k, self.units)]
+        others = [Variant("", c) for c in configs.ranked(kind, self.arch, problem.m, problem.n, problem.k, self.units,
+                                                          problem.op)]
         most = len(others) if self.mode == "full" else LIKELY
         found = list(dict.fromkeys([guess, *others[:most]]))
         if fits_tma and self.arch >= 90 and kind in gemm_tma.CONFIGS and problem.m >= 64:
