@@ -9,13 +9,16 @@ PIPFLAGS ?=
 TEST     ?=
 BENCH    ?=
 WORKERS  ?= 2
+GPU_WORKERS ?= 6
+# The interpreter of this version is what the kernels are tested with; torch for CUDA brings its own.
+TRITON   ?= 3.6.0
 
 SOURCES  := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 READY    := $(VENV)/.ready
 LINTERS  := $(VENV)/.linters
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize check fix bench gpu-check clean
+.PHONY: help setup demo test interp sanitize check fix bench aot gpu-check gpu-test gpu-bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +28,12 @@ demo: $(READY)  ## train, prune, prove, lower and report the Fashion-MNIST netwo
 
 test: $(READY)  ## run the tests (TEST="tests/unit -k im2col" for some of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TEST)
+	$(if $(TEST),,@$(MAKE) --no-print-directory interp)
+
+# A process of its own: whether a kernel is interpreted is settled when it is imported. Without triton (there is none for
+# macOS) nothing is collected, which pytest tells by its status 5.
+interp: $(READY)  ## run the GPU kernels' tests in Triton's interpreter, on CPU tensors
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/interp || [ $$? -eq 5 ]
 
 # In a copy, so that the checkout's own binary stays as it is. Python itself has no sanitizer, so the runtime is
 # preloaded; memory that Python never gives back is no leak of ours. Masked loads of AVX are not watched, those of
@@ -60,17 +69,28 @@ bench: $(READY)  ## measure: the table of targets, cost against channels, then t
 	$(BIN)/python bench/smooth.py
 	$(BIN)/python -m pytest bench --benchmark-only $(BENCH)
 
+aot: $(READY)  ## compile every shipped GPU kernel for chips that need not be there, and write bench/results/aot.md
+	$(BIN)/python bench/aot.py --workers $(WORKERS)
+
 # The machine's own Python, torch and triton: nothing is installed, and pytest may be missing.
-gpu-check: export PYTHONPATH := $(CURDIR)
-gpu-check:  ## test and measure on this machine's GPU, with its own Python
-	@reason=$$($(PYTHON) -c 'import torch; print("" if torch.cuda.is_available() else "torch finds no CUDA device")' 2>&1 \
-	    | tail -n 1); \
+gpu-check: gpu-test gpu-bench  ## test and measure on this machine's GPU, with its own Python
+
+gpu-test gpu-bench: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+NO_GPU = $$($(PYTHON) -c 'import torch; print("" if torch.cuda.is_available() else "torch finds no CUDA device")' 2>&1 \
+    | tail -n 1)
+
+gpu-test:  ## the first half of gpu-check: tests (several at once where pytest-xdist is there)
+	@reason=$(NO_GPU); \
 	if [ -n "$$reason" ]; then echo "gpu-check: SKIPPED, nothing was checked: $$reason."; exit 0; fi; \
-	set -e; \
-	if ! $(PYTHON) -c 'import pytest' 2>/dev/null; then echo "gpu-check: tests skipped: $(PYTHON) has no pytest."; \
-	elif [ ! -d tests/gpu ]; then echo "gpu-check: tests skipped: this version has none in tests/gpu."; \
-	else $(PYTHON) -m pytest -m gpu tests/gpu; fi; \
-	$(PYTHON) bench/latency.py --device cuda
+	if ! $(PYTHON) -c 'import pytest' 2>/dev/null; then echo "gpu-check: tests skipped: $(PYTHON) has no pytest."; exit 0; fi; \
+	workers=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_WORKERS)"); \
+	$(PYTHON) -m pytest -m gpu $$workers --durations=10 $(if $(TEST),$(TEST),tests/gpu)
+
+gpu-bench:  ## the second half: small networks, dense and pruned, against the best that runs there
+	@reason=$(NO_GPU); \
+	if [ -n "$$reason" ]; then echo "gpu-check: SKIPPED, nothing was measured: $$reason."; exit 0; fi; \
+	$(PYTHON) bench/latency.py --device cuda $(if $(BENCH),$(BENCH),--models fashion resnet20 --batches 1 64 \
+	    --precisions tf32 fp16 --seconds 0.5 --compile-limit 60)
 
 setup: $(READY)  ## create .venv and install the package into it
 
@@ -83,6 +103,8 @@ $(READY): $(SOURCES)
 	@echo "Installing torch and the package into $(VENV) ..."
 	@$(PIP) $(PIPFLAGS) torch 'setuptools>=77' wheel
 	@$(PIP) $(PIPFLAGS) --no-build-isolation -e '.[test,report,zoo]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) $(PIPFLAGS) triton==$(TRITON) \
+	    || echo "triton $(TRITON) cannot be installed here: tests of the GPU kernels are left out."
 	@$(BIN)/python -c 'from prunekern.kernels import unavailable as why; \
 	    print("C++ extension:", why() or "built and loaded")'
 	@touch $@

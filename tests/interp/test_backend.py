@@ -118,10 +118,10 @@ class Odd(nn.Module):
         return torch.softmax(self.out(x.mean((2, 3))), 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_odd_widths(dtype: torch.dtype) -> None:
     model = randomise_(Odd()).eval().to(dtype)
-    x = torch.randn(2, 3, 18, 14).to(dtype)
+    x = torch.randn(2, 3, 14, 10).to(dtype)
     lowered = check(model, x)
     used = algorithms(lowered, x)
     assert not [name for name in used.values() if name == "torch"], used
