@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from prunekern.core.graph import Dim, Graph, owner, source, target_name
@@ -57,21 +58,22 @@ def assert_replays(model: nn.Module, graph: Graph, *args: Any) -> None:
 
 # ---- what it finds ------------------------------------------------------------------------------------------------
 
-SAME = ("resnext", "densenet", "shufflenet_v2", "siamese", "tied_embedding", "dict_input", "keyword_inputs",
+SAME = ("resnext", "dual_path", "shufflenet_v2", "siamese", "tied_embedding", "dict_input", "keyword_inputs",
         "several_outputs", "inplace_residual", "inplace_view", "encoder_stack", "llama_block", "window_attention",
         "text_bilstm", "lstm_cell_loop", "channel_numbers", "written_places", "unfolded_patches", "embedding_bag",
         "rotary_complex", "hooked_norms", "parametrised", "gated_experts", "sampled", "convnext")
 
 
 def calls(graph: Graph) -> list[Any]:
-    """Every call with its dims, module and line; without sizes (which torch.export computes on other ways) and whole
-    slices of the batch (which change nothing)."""
-    return [(target_name(n), graph.dims[n.name], owner(n)[0], source(n)) for n in graph.nodes
+    """Every call with its numbers, dims, module and line; without sizes (which torch.export computes on other ways) and
+    whole slices of the batch (which change nothing)."""
+    return [(target_name(n), [arg for arg in pytree.tree_leaves((n.args, dict(n.kwargs))) if not isinstance(arg, Node)],
+             graph.dims[n.name], owner(n)[0], source(n)) for n in graph.nodes
             if n.op == "call_function" and isinstance(graph.dims[n.name], (tuple, list)) and not (
                 n.target is aten.slice.Tensor and graph.dims[n.name] == graph.dims[n.args[0].name])]
 
 
-@pytest.mark.parametrize("name", [name for name in SAME if name in ZOO])
+@pytest.mark.parametrize("name", SAME)
 def test_it_finds_what_export_finds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args, kwargs = ZOO[name]()
     graph = twice(model, Call(args, kwargs).doubled())
@@ -106,6 +108,16 @@ def test_it_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graph.free_batch
     assert graph.example_batch == 1
     assert_replays(model, graph, args[0])
+
+
+def test_attention_layers_stay_operators() -> None:
+    """Also where torch would take its fused layer: frozen, or without gradients."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False)
+    with torch.no_grad():
+        graph = twice(model, torch.randn(2, 5, 8))
+    assert not any("_transformer_encoder_layer_fwd" in str(n.target) for n in graph.nodes)
+    assert [owner(n)[0] for n in graph.nodes if n.target is aten.linear.default] == [
+        "self_attn", "self_attn", "linear1", "linear2"]
 
 
 def test_calls_and_their_owners() -> None:
