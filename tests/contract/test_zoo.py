@@ -83,6 +83,7 @@ REWRITTEN = {
     "summed_directions": "y[..., :8]",
     "t5_layers": "view(b, -1, 2, 4)",
     "unfolded_patches": "unflatten(-1, (3, 2, -1))",
+    "unit_embedding": "weights computed across channels are baked",
     "view_hard_coded": "view(-1, 512)",
     "wavenet_gate": "y[:, :8], y[:, 6:]",
     "weight_standardised": "weights computed across channels are baked",
