@@ -2,7 +2,9 @@
 
 PRUNEKERN_BUILD=none   pure Python
 PRUNEKERN_BUILD=cpp    the CPU kernels (what happens by default)
-PRUNEKERN_BUILD=cuda   the CPU and the CUDA kernels; this version has no CUDA sources, says so, and builds cpp
+PRUNEKERN_BUILD=cuda   the CPU and the CUDA kernels: needs nvcc (CUDA_HOME, or on PATH), but no GPU and no CUDA torch;
+                       without one it says so, and builds cpp. PRUNEKERN_CUDA_ARCHS="80 90a" names other targets than
+                       csrc/cuda/nvcc.py does.
 
 Where the extension cannot be built (no compiler, no torch, a compile error) the install goes on without it.
 The reason is printed, and kept in `prunekern/_C.reason`, where `prunekern.kernels.unavailable()` finds it.
@@ -21,6 +23,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc" / "cuda"))
+import nvcc
 
 MODES = ("none", "cpp", "cuda")
 REBUILD = "PRUNEKERN_BUILD=cpp pip install -e . --no-build-isolation"
@@ -79,6 +84,8 @@ class OptionalBuildExt(build_ext):
             try:
                 self.add_torch(ext)
                 ext.extra_objects = self.compile_kernels()
+                if build_mode() == "cuda":
+                    self.add_cuda(ext)
                 super().build_extension(ext)
             except (BaseError, CCompilerError, OSError) as error:
                 say(str(error))
@@ -102,8 +109,6 @@ class OptionalBuildExt(build_ext):
         mode = build_mode()
         if mode == "none":
             return "PRUNEKERN_BUILD=none was asked for"
-        if mode == "cuda":
-            say("NOTE: this version has no CUDA sources; building the CPU extension only.")
         if (compiler := find_compiler()) is None:
             return f"no C++ compiler was found; install one (or set CXX), then: {REBUILD}"
         os.environ.setdefault("CXX", compiler)
@@ -130,6 +135,20 @@ class OptionalBuildExt(build_ext):
         with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
             return list(workers.map(compile_one, jobs))
 
+    def add_cuda(self, ext: Extension) -> None:
+        """The CUDA kernels' objects and their engine; or a note why there are none."""
+        found = nvcc.find()
+        if found is None:
+            say("NOTE: no nvcc was found (CUDA_HOME, PATH); building without CUDA.")
+            return
+        objects, report = nvcc.compile_all(found, Path(self.build_temp) / "cuda", self.force)
+        say(f"CUDA kernels for {', '.join(nvcc.targets(found))}: {report}")
+        ext.extra_objects += objects
+        ext.sources += sorted(map(str, Path("csrc/cuda").glob("*.cpp")))
+        ext.define_macros += [("PK_CUDA", "1")]
+        ext.include_dirs += [str(found.home / "include")]
+        ext.extra_link_args += [*nvcc.link_flags(found)]
+
     def add_torch(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -145,9 +164,11 @@ setup(
     ext_modules=[
         Extension(
             "prunekern._C",
-            sources=sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
+            sources=sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp"),
+                                     *Path("csrc/api").glob("*.cpp")])),
             depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.def"),
-                                    *Path("csrc/cpu/kernels").glob("*.cpp")])),
+                                    *Path("csrc/cpu/kernels").glob("*.cpp"), *Path("csrc/cuda").rglob("*.cu"),
+                                    *Path("csrc/cuda").glob("*.cpp")])),
             define_macros=[
                 *([("PK_X86", "1")] if X86 else []),
                 ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # torch 2.11's stable ABI

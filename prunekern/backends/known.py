@@ -8,11 +8,12 @@ from typing import Any
 
 from prunekern.backends.base import Backend, Choice, choose, log
 from prunekern.backends.cpu import CpuBackend
+from prunekern.backends.cuda import CudaBackend
 from prunekern.backends.reference import ReferenceBackend
 from prunekern.backends.triton import TritonBackend
 from prunekern.errors import UnknownName
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), CudaBackend(), ReferenceBackend())
 
 
 def select(name: str, device: str | None = None, options: Mapping[str, Any] | None = None) -> Choice:

@@ -1,0 +1,11 @@
+// Whole networks in bf16.
+#include "../whole.h"
+
+int pk_cuda_whole_bf16(const pk::cuda::Op* ops, int count, const pk::cuda::Bases& bases, uint32_t* barrier, int blocks,
+                     int shared, void* stream) {
+  return pk::cuda::start_whole<pk::cuda::Math::bf16>(ops, count, bases, barrier, blocks, shared, stream);
+}
+
+int pk_cuda_whole_blocks_bf16(int shared, int* blocks) {
+  return pk::cuda::whole_blocks<pk::cuda::Math::bf16>(shared, blocks);
+}
