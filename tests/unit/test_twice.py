@@ -120,6 +120,22 @@ def test_attention_layers_stay_operators() -> None:
         "self_attn", "self_attn", "linear1", "linear2"]
 
 
+def test_forwards_take_the_way_meant_for_captures() -> None:
+    graph = twice(Net(lambda net, x: x.relu() if torch.compiler.is_exporting() and torch.compiler.is_compiling() else x))
+    assert node(graph, "relu")
+
+
+def test_operators_that_know_no_shapes_are_not_run() -> None:
+    """Their kernels would be given zeros, at a batch of a thousand."""
+    ran = []
+    with torch.library._scoped_library("twice_test", "DEF") as library:
+        library.define("shapeless(Tensor x) -> Tensor")
+        library.impl("shapeless", lambda x: ran.append(x) or x.clone(), "CPU")  # type: ignore[func-returns-value]
+        with pytest.raises(Exception, match="twice_test.shapeless"):
+            twice(Net(lambda net, x: torch.ops.twice_test.shapeless(x)))
+    assert not ran
+
+
 def test_calls_and_their_owners() -> None:
     class Siamese(nn.Module):
         def __init__(self) -> None:
