@@ -19,16 +19,17 @@ from prunekern_triton.launch import INTERPRETED, Launch, is_wide, power, tiles
 def depthwise_kernel(x, b, c, bias, scale, residual, M, N, NP, H, W, OH, OW, ldx, ldb, ldc, ldr,
                      IN: tl.constexpr, OUT: tl.constexpr, WIDE: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
                      SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr,
-                     DW: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-                     P2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """c [M = images x OH x OW, N] = epilogue(sum over taps of x * b [taps, N])."""
+                     DW: tl.constexpr, TIMES: tl.constexpr, LAST: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr,
+                     P1: tl.constexpr, P2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """c [M = images x OH x OW, N] = epilogue(sum over taps of x * b [taps, N]); TIMES outputs in a row read one
+    input channel."""
     ldx, ldb, NP, ldc, ldr = ldx * IN, ldb * IN, NP * OUT, ldc * OUT, ldr * OUT
     at, cols = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     live, inside = at < M, (cols < N)[None, :]
     y, z = at // OW % OH * SH - PH, at % OW * SW - PW
     if WIDE:
         at = at.to(tl.int64)
-    first = x + (at // (OH * OW) * H * W)[:, None] * ldx + cols[None, :]
+    first = x + (at // (OH * OW) * H * W)[:, None] * ldx + (cols // TIMES)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for tap in range(KH * KW):
         h, w = y + tap // KW * DH, z + tap % KW * DW
@@ -85,9 +86,9 @@ def blocks(width: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def depthwise_launches(x: Tensor, b: Tensor, c: Tensor, n: int, window: Window, epilogue: Epilogue = NO_EPILOGUE,
-                       ) -> tuple[Launch, ...]:
-    """The launch of a depthwise convolution. x: ``[images, H, W, n]`` at one pitch; b: ``pack.pack_depthwise(weight,
-    columns)``; c: ``[images * OH * OW, >= n]``, zeros from n on."""
+                       times: int = 1) -> tuple[Launch, ...]:
+    """The launch of a depthwise convolution. x: ``[images, H, W, n / times]`` at one pitch; b:
+    ``pack.pack_depthwise(weight, columns)``; c: ``[images * OH * OW, >= n]``, zeros from n on."""
     (m, width), residual, pitch = c.shape, epilogue.residual, rows(x).stride(0)
     step = unit(x.dtype, pitch, b.shape[1])
     out = unit(c.dtype, width, c.stride(0), *(() if residual is None else (residual.stride(0),)))
@@ -98,8 +99,8 @@ def depthwise_launches(x: Tensor, b: Tensor, c: Tensor, n: int, window: Window, 
         "ldx": pitch // step, "ldb": b.shape[1] // step, "ldc": c.stride(0) // out,
         "ldr": 0 if residual is None else residual.stride(0) // out}
     return (Launch(depthwise_kernel, (tiles(m, tall), tiles(width, across)), args, {
-        "IN": step, "OUT": out, "WIDE": is_wide(x, c, residual), **window.numbers(), **epilogue.numbers(),
-        "BM": tall, "BN": across}, 4, 2),)
+        "IN": step, "OUT": out, "WIDE": is_wide(x, c, residual), **window.numbers(), "TIMES": times,
+        **epilogue.numbers(), "BM": tall, "BN": across}, 4, 2),)
 
 
 def pool_launches(x: Tensor, c: Tensor, n: int, window: Window, kind: str, *, divisor: int = 0,
@@ -117,16 +118,17 @@ def pool_launches(x: Tensor, c: Tensor, n: int, window: Window, kind: str, *, di
         "PADDED": include, "BM": tall, "BN": across}, 4, 2),)
 
 
-def depthwise(x: Tensor, b: Tensor, window: Window, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
-    """``[images, OH, OW, C]``; see ``depthwise_launches``."""
-    c = torch.empty(x.shape[0], *window.out, x.shape[3], dtype=x.dtype, device=x.device)
-    for launch in depthwise_launches(x, b, rows(c), x.shape[3], window, epilogue):
+def depthwise(x: Tensor, b: Tensor, window: Window, epilogue: Epilogue = NO_EPILOGUE, times: int = 1) -> Tensor:
+    """``[images, OH, OW, C * times]``; see ``depthwise_launches``."""
+    c = torch.empty(x.shape[0], *window.out, x.shape[3] * times, dtype=x.dtype, device=x.device)
+    for launch in depthwise_launches(x, b, rows(c), c.shape[3], window, epilogue, times):
         launch()
     return c
 
 
-def depthwise_ref(x: Tensor, b: Tensor, window: Window, epilogue: Epilogue = NO_EPILOGUE) -> Tensor:
+def depthwise_ref(x: Tensor, b: Tensor, window: Window, epilogue: Epilogue = NO_EPILOGUE, times: int = 1) -> Tensor:
     """``depthwise`` in plain torch, in the dtype of ``x``."""
+    x = x.repeat_interleave(times, 3)
     taps = b[:, :x.shape[3]].to(x).view(*window.kernel, -1)
     y = (window.taps_of(x) * taps).sum((3, 4))
     return epilogue.apply(y.flatten(0, 2)).view(y.shape)

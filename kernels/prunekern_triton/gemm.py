@@ -67,7 +67,7 @@ def reduce_kernel(parts, c, bias, scale, residual, M, N, NP, ldp, ldc, ldr, part
     seen = live & (cols < N)[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for s in tl.static_range(SPLIT):
-        acc += tl.load(parts + part * s + at[:, None] * ldp + cols[None, :], mask=seen, other=0.0)
+        acc += tl.load(parts + tl.cast(part, tl.int64) * s + at[:, None] * ldp + cols[None, :], mask=seen, other=0.0)
     acc = finish(acc, at, cols, live, bias, scale, residual, ldr, N, LAST, ACT, P0, P1, P2)
     put(c, at, cols, ldc, acc, live, NP)
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
+from prunekern_triton.activations import KINDS
 from prunekern_triton.ahead import COUNTED, Compiled, compile_ahead
-from prunekern_triton.catalogue import Case, faults, shipped
+from prunekern_triton.catalogue import Case, faults, meta, shipped
 from prunekern_triton.configs import ARCHITECTURES, SHARED, UNITS, candidates, ranked
+from prunekern_triton.elementwise import KINDS as BINARY
+from prunekern_triton.elementwise import elementwise_launches
 from prunekern_triton.launch import Config
 
 pytestmark = pytest.mark.aot
@@ -25,6 +30,30 @@ CASES = [(arch, case) for arch in (80, 90) for case in shipped(arch)]
 @pytest.mark.parametrize(("arch", "case"), CASES, ids=[f"sm_{arch} {case}" for arch, case in CASES])
 def test_shipped(arch: int, case: Case) -> None:
     assert faults(case, compile_ahead(case.launch, arch)) == []
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_activation_compiles(kind: str) -> None:
+    """What the interpreter lets pass need not be what the compiler takes: a type that changes between branches, say."""
+    x = meta(64, 80, dtype=torch.float16)
+    (launch,) = elementwise_launches(x, (80, 80, 1), x, 77, 1, activation=kind, constants=(0.5, 2.0, 1.0))
+    built = compile_ahead(launch, 90)
+    assert not built.spills or kind in ("sin", "cos")       # which reduce large angles by a table on the stack
+
+
+@pytest.mark.parametrize("kind", sorted(BINARY))
+def test_every_binary_operation_compiles(kind: str) -> None:
+    x = meta(64, 80, dtype=torch.bfloat16)
+    (launch,) = elementwise_launches(x, (80, 80, 1), x, 77, 1, y=x, ys=(0, 80, 0), kind=kind)
+    assert not compile_ahead(launch, 90).spills
+
+
+WIDE = list({case.launch.name: case for case in shipped(90) if "WIDE" in case.launch.constants}.values())
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_offsets_of_64_bits_compile(case: Case) -> None:
+    compile_ahead(replace(case.launch, constants={**case.launch.constants, "WIDE": True}), 90)
 
 
 def test_the_checks_see_what_is_wrong() -> None:
@@ -41,7 +70,6 @@ def test_the_checks_see_what_is_wrong() -> None:
 
 
 def _with(case: Case, config: Config) -> list[Case]:
-    from dataclasses import replace
     constants = {**case.launch.constants, "BM": config.m, "BN": config.n, "BK": config.k}
     launch = replace(case.launch, constants=constants, warps=config.warps, stages=config.stages)
     return [replace(case, config=config, launch=launch)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,3 +200,47 @@ def test_fused_steps_name_the_one_that_does_them() -> None:
     used = algorithms(lower(model, x, backend="triton", verify=False), x)
     last = next(name for name, algorithm in used.items() if algorithm == "3 layers")
     assert list(used.values()).count(WITHIN + last) == 2
+
+
+def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tensors of more than 2^31 elements need, on small ones."""
+    from prunekern_triton import launch
+    model, x = randomise_(Odd()).eval(), torch.randn(1, 3, 10, 8)
+    narrow = lower(model, x, backend="triton", verify=False)(x)
+    monkeypatch.setattr(launch, "LIMIT", 1)
+    lowered = lower(model, x, backend="triton", verify=False)
+    assert torch.equal(lowered(x), narrow)
+    found = [each.constants["WIDE"] for launches in lowered.placement(lowered.signature([x])).launches.values()
+             for each in launches if "WIDE" in each.constants]
+    assert all(found)
+    assert len(found) > 15
+
+
+def test_the_operator_is_sound_within_compile_and_export() -> None:
+    model, (x,) = make("mlp", batch=2)
+    lowered = lower(model, x, backend="triton", verify=False)
+    torch.library.opcheck(torch.ops.prunekern.run, ([x], lowered.key))
+
+    class Around(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(lowered(x * 2))
+    expected = Around()(x)
+    assert torch.equal(torch.compile(Around(), backend="aot_eager", fullgraph=True)(x), expected)
+    exported = torch.export.export(Around(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert torch.equal(exported.module()(x), expected)
+
+
+def test_saved_and_loaded_it_gives_the_same(tmp_path: Path) -> None:
+    model, (x,) = make("lenet", batch=2)
+    lowered = lower(model, x, backend="triton", verify=False)
+    lowered.save(tmp_path)
+    assert torch.equal(Lowered.load(tmp_path, backend="triton")(x), lowered(x))
+
+
+def test_one_network_serves_many_threads() -> None:
+    model, (x,) = make("mlp", batch=3)
+    lowered = lower(model, x, backend="triton", verify=False)
+    inputs = [torch.randn_like(x) for _ in range(12)]
+    expected = [lowered(each) for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(pool.map(lowered, inputs), expected, strict=True))

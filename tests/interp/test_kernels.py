@@ -212,6 +212,17 @@ def test_depthwise(geometry: Any, dtype: torch.dtype) -> None:
     close(ours, depthwise_ref(x.double(), b, window, after))
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_depthwise_with_several_outputs_a_channel(times: int) -> None:
+    x, weight = pitched(2, 9, 8, 13, dtype=torch.float32)[..., :13], torch.randn(13 * times, 1, 3, 3)
+    window, b = Window.of((9, 8), *GEOMETRIES[0]), pack_depthwise(weight, 48)
+    after = epilogue(2 * 9 * 8, 13 * times, torch.float32)
+    exact = torch_conv(x, weight, GEOMETRIES[0], 13)
+    ours = depthwise(x, b, window, after, times)
+    close(ours, torch.relu(exact + after.bias + after.residual.view(exact.shape)))
+    close(ours, depthwise_ref(x.double(), b, window, after, times))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "stride", "pad", "ceil"), [(2, 2, 0, False), (3, 2, 1, False), (3, 2, 1, True),
                                                                (2, 2, 0, True)])

@@ -35,7 +35,7 @@ def conv(layout: DeviceLayout, step: Step) -> Kernel | None:
         return None
     x, before = layout.image(step.inputs[0])
     channels, groups = layout.shape(step.inputs[0])[1], at["groups"]
-    if groups > 1 and groups == channels == len(weight):
+    if groups > 1 and groups == channels:
         return _depthwise(layout, step, x, before)
     if groups > 1:
         return _grouped(layout, step, x, before)
@@ -167,7 +167,8 @@ def _depthwise(layout: DeviceLayout, step: Step, x: Tensor, before: Kernel | Non
     packed = layout.packed((step.weights["weight"], "depthwise"),
                            lambda: pack_depthwise(weight, up(n, 16)))
     c = layout.place(step.output, 1)
-    return layout.launch(step, "depthwise", depthwise_launches(x, packed, c, n, window, after), before, first)
+    return layout.launch(step, "depthwise", depthwise_launches(x, packed, c, n, window, after,
+                                                                 n // layout.shape(step.inputs[0])[1]), before, first)
 
 
 def window_of(layout: DeviceLayout, step: Step) -> Window:
