@@ -274,6 +274,18 @@ def test_row_norms(n: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_that_count_channels_which_left(dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(21, 30) * 3 + 5).to(dtype), torch.randn(30), torch.randn(30)
+    for centred in (True, False):
+        close(row_norm(x, weight, bias, 1e-5, centred, 0.6), row_norm_ref(x.double(), weight, bias, 1e-5, centred, 0.6),
+              4)
+        assert not torch.allclose(row_norm(x, weight, bias, 1e-5, centred, 0.6), row_norm(x, weight, bias, 1e-5))
+    images = x.view(3, 7, 30)
+    close(group_norm(images, 1, weight, bias, 1e-5, 0.6),
+          group_norm_ref(images.double(), 1, weight, bias, 1e-5, 0.6), 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "groups"), [(12, 3), (13, 1), (10, 10), (77, 7)])
 def test_group_norm(n: int, groups: int, dtype: torch.dtype) -> None:
     x = (torch.randn(2, 30, n) + 2).to(dtype)

@@ -86,24 +86,24 @@ def softmax(layout: DeviceLayout, step: Step) -> Kernel | None:
 def row_norm(layout: DeviceLayout, step: Step) -> Kernel | None:
     """Layer and root-mean-square norm along the last axis."""
     at, shape = step.attributes, layout.shape(step.output)
-    if at["axes"] != 1 or shape[-1] > MOST or "of" in at:
+    if at["axes"] != 1 or shape[-1] > MOST:
         return None
     weight, bias = _vectors(layout, step, shape[-1])
     eps = torch.finfo(step.output.dtype).eps if at["eps"] is None else at["eps"]
     x, before = layout.rows(step.inputs[0], -1)
     launches = row_norm_launches(x, layout.place(step.output, -1), shape[-1], weight, bias, eps,
-                                 step.op == "layer_norm")
+                                 step.op == "layer_norm", shape[-1] / at.get("of", shape[-1]))
     return layout.launch(step, step.op.replace("_", " "), launches, before)
 
 
 def group_norm(layout: DeviceLayout, step: Step) -> Kernel | None:
     at, shape = step.attributes, layout.shape(step.output)
-    if len(shape) < 3 or shape[1] // at["groups"] > MOST or "of" in at:
+    if len(shape) < 3 or shape[1] // at["groups"] > MOST:
         return None
     weight, bias = _vectors(layout, step, shape[1])
     x, before = layout.rows(step.inputs[0], 1)
     launches = group_norm_launches(x, layout.place(step.output, 1), shape[0], at["groups"], shape[1], weight, bias,
-                                   at["eps"])
+                                   at["eps"], shape[1] / at.get("of", shape[1]))
     return layout.launch(step, "group norm", launches, before)
 
 
