@@ -95,7 +95,7 @@ void Network::launch(int64_t index, const Bases& bases, void* stream) const {
     throw std::runtime_error("step '" + steps_[size_t(index)] + "' (op " + std::to_string(index) + "): " + what);
   };
   if (const int code = launch_op(ops_[size_t(index)], bases, stream)) fail(rt::error_text(code));
-  if (!settings_.sync) return;
+  if (!settings_.sync || rt::capturing(stream)) return;
   try {
     rt::synchronize(stream);
   } catch (const std::exception& error) {
@@ -125,12 +125,13 @@ void Network::run(char* const* addresses, int64_t count, void* stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const rt::Guard guard(settings_.device);
   const Bases given = bases(addresses, count);
-  take_turns(stream);
-  if (settings_.sync) {
+  const bool captured = rt::capturing(stream);      // by somebody else: such work cannot wait for what is outside
+  if (!captured) take_turns(stream);
+  if (settings_.sync && !captured) {
     for (int64_t i = 0; i < size(); ++i) launch(i, given, stream);
   } else if (way_[0] == 'o') {
     run_whole(given, stream);
-  } else if (way_[0] == 'g' && !rt::capturing(stream)) {
+  } else if (way_[0] == 'g' && !captured) {
     run_graph(addresses, stream);
   } else {
     for (int64_t i = 0; i < size(); ++i) launch(i, given, stream);
