@@ -32,22 +32,26 @@ def sources() -> list[tuple[Path, list[str]]]:
     return [*kernels, *((file, list[str]()) for file in (*host, *cpu)), *portable]
 
 
-def newest_header() -> float:
-    return max(file.stat().st_mtime for pattern in ("*.h", "*.def") for file in CSRC.rglob(pattern))
+def is_stale(target: Path) -> bool:
+    """Whether an object is missing, or older than a file that it was made from (as the compiler listed them)."""
+    try:
+        files = target.with_suffix(".d").read_text().split(":", 1)[1].replace("\\\n", " ").split()
+        return target.stat().st_mtime <= max(os.stat(file).st_mtime for file in files)
+    except (OSError, IndexError, ValueError):
+        return True
 
 
 def build(folder: Path, asan: bool = False) -> Path:
     """The library in ``folder``; what is up to date is left alone. Raises CalledProcessError."""
     folder.mkdir(parents=True, exist_ok=True)
     compiler, extra = os.environ.get("CXX", "g++").split(), ASAN if asan else []
-    headers = newest_header()
 
     def compile_one(job: tuple[Path, list[str]]) -> tuple[Path, bool]:
         source, flags = job
         target = folder / ("_".join(source.relative_to(CSRC).parts) + ".o")
-        if target.exists() and target.stat().st_mtime > max(headers, source.stat().st_mtime):
+        if not is_stale(target):
             return target, False
-        subprocess.run([*compiler, *FLAGS, *extra, *flags, "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run([*compiler, *FLAGS, *extra, *flags, "-MMD", "-c", str(source), "-o", str(target)], check=True)
         return target, True
     with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
         made = list(workers.map(compile_one, sources()))
