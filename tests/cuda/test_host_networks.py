@@ -87,6 +87,22 @@ def test_half_precision(dtype: torch.dtype, way: str) -> None:
     assert lowered(x.to(dtype)).dtype == dtype
 
 
+def test_the_faster_way_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host either may be; without measuring it is the graph."""
+    model, (x,) = make("mlp")
+    ways = []
+    for tune in ("quick", "off"):
+        monkeypatch.setenv("PRUNEKERN_TUNE", tune)
+        lowered = lower(model, x, backend="cuda")
+        native = placement(lowered, x).parts[0].native
+        assert native is not None
+        ways.append(native.way)
+        with torch.no_grad():
+            assert error(lowered(x), model(x)) < 2e-6
+    assert ways[0] in ("graph", "one launch")
+    assert ways[1] == "graph"
+
+
 def test_tf32_is_only_used_where_it_is_asked_for() -> None:
     model, (x,) = make("lenet", batch=8)
     exact = model.double()(x.double())

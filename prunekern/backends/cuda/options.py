@@ -20,7 +20,8 @@ class Options:
         network in fp16 or bf16 is one that is lowered in that dtype: ``lower(model.half(), x.half())``.
     graph: record the whole network as one CUDA graph and replay it; False launches step by step.
     whole: run the network in one launch of one kernel, all of whose blocks meet after every step: "auto" (where it
-        measures faster than the graph), "always" or "never".
+        measures faster than the graph; with PRUNEKERN_TUNE=off nothing is measured, and it is the graph), "always" or
+        "never".
     algorithms: step name -> "implicit GEMM" or "im2col", for convolutions; the library guesses for the others.
     """
 
@@ -37,6 +38,11 @@ class Options:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         return tuple(each.name for each in fields(cls))
+
+
+def measures() -> bool:
+    """Whether the ways of running a network may be timed when it is placed."""
+    return os.environ.get("PRUNEKERN_TUNE") != "off"
 
 
 def synchronised() -> bool:

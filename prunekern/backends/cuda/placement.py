@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunekern.backends.base import Observe, Placement, Signature
 from prunekern.backends.cuda.library import Native, Weights, build, memory
-from prunekern.backends.cuda.options import Options, synchronised
+from prunekern.backends.cuda.options import Options, measures, synchronised
 from prunekern.backends.reference import ReferenceBackend
 from prunekern.backends.reference.engine import waiter
 from prunekern.core.program import Program, Slot, Step
@@ -66,12 +66,12 @@ class CudaPlacement:
     # ---- making --------------------------------------------------------------------------------------------------
 
     def _build(self, program: Program) -> Native:
-        index = self.signature.device.index
+        index, guessed = self.signature.device.index, self._hasty or not measures()
         body = json.dumps(to_json(replace(program, in_spec=_FLAT, out_spec=_FLAT)))
         return build(self._weights, body, {
             "batch": self.signature.batch, "tf32": self.options.precision == "tf32", "graphs": self.options.graph,
-            "whole": "never" if self._hasty and self.options.whole == "auto" else self.options.whole,
-            "sync": synchronised(), "measure": not self._hasty, "algorithms": dict(self.options.algorithms),
+            "whole": "never" if guessed and self.options.whole == "auto" else self.options.whole,
+            "sync": synchronised(), "measure": not guessed, "algorithms": dict(self.options.algorithms),
             "device": index or 0})
 
     def _cut(self) -> list[Part]:
