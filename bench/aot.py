@@ -28,12 +28,13 @@ from prunekern_triton.catalogue import Case, faults, shipped  # noqa: E402
 HEAD = """# The GPU kernels, compiled ahead
 
 By `python bench/aot.py`, with triton {triton}; no GPU was used, and nothing here says how fast anything is. Every line
-is one shipped config of one kernel. *stack* is what registers spill to, in bytes a thread: 0 everywhere. HGMMA is the
-matrix unit of Hopper, HMMA that of earlier chips (Hopper runs it too: tiles of 16 rows, for small batches), FFMA the
-plain multiply-add that IEEE fp32 needs; UTMALDG is the tensor copy engine, LDGSTS asynchronous copies. Counts are of
-instructions in the code, not of how often they run.
+is one shipped config of one kernel. *stack* is what registers spill to, in bytes a thread: 0 everywhere. UTCHMMA is
+the matrix unit of Blackwell, HGMMA that of Hopper, HMMA that of earlier chips (these run it too: tiles of 16 rows,
+for small batches), FFMA the plain multiply-add that IEEE fp32 needs (FFMA2: two of them); UTMALDG is the tensor copy
+engine, LDGSTS asynchronous copies. Counts are of instructions in the code, not of how often they run.
 """
-COLUMNS = ("kernel", "type", "config", "registers", "stack", "shared", "HGMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS")
+COLUMNS = ("kernel", "type", "config", "registers", "stack", "shared", "UTCHMMA", "HGMMA", "HMMA", "FFMA", "FFMA2",
+           "UTMALDG", "LDGSTS")
 
 
 def table(rows: Iterable[tuple[Case, Compiled]]) -> str:
@@ -54,7 +55,7 @@ def work(job: tuple[int, int]) -> Compiled:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 86, 90, 100])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "aot.md")
     args = parser.parse_args(argv)

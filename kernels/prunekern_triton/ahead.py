@@ -13,8 +13,9 @@ from torch import Tensor
 
 from prunekern_triton.launch import LIMIT, TYPES, Launch
 
-# Matrix unit: of Hopper, of Ampere; copies: tensor, asynchronous; local memory: spilled registers.
-COUNTED = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+# Matrix units: of Blackwell, Hopper, Ampere; plain multiply-adds; copies: tensor, asynchronous; local memory: spilled
+# registers.
+COUNTED = ("UTCHMMA", "HGMMA", "HMMA", "FFMA", "FFMA2", "UTMALDG", "LDGSTS", "LDL", "STL")
 
 
 @dataclass(frozen=True)

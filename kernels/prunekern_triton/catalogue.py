@@ -19,7 +19,7 @@ from prunekern_triton.gemm import gemm_launches, reduce_launch
 from prunekern_triton.geometry import Window
 from prunekern_triton.head import head_launches, mean_launches
 from prunekern_triton.launch import Config, Launch, up
-from prunekern_triton.mlp import mlp_launches, rounded
+from prunekern_triton.mlp import mlp_launches, rounded, widest
 from prunekern_triton.norm import group_norm_launches, row_norm_launches
 from prunekern_triton.pack import pitch
 from prunekern_triton.softmax import softmax_launches
@@ -55,11 +55,12 @@ def faults(case: Case, built: Compiled) -> list[str]:
     if built.spills:
         found.append(f"registers spill: stack {built.stack}, {built.counts['STL']} stores, {built.counts['LDL']} loads")
     if case.matrix:
-        # One instruction of Hopper's matrix unit takes 64 rows, by four warps.
-        whole = built.arch == 90 and case.config is not None and case.config.m >= 64 and case.config.warps >= 4
-        unit = "FFMA" if case.kind == "fp32" else "HGMMA" if whole else "HMMA"
-        if not built.counts[unit]:
-            found.append(f"no {unit}")
+        # One instruction of Hopper's and Blackwell's matrix units takes 64 rows, by four warps.
+        whole = case.config is not None and case.config.m >= 64 and case.config.warps >= 4
+        unit = {90: "HGMMA", 100: "UTCHMMA"}.get(built.arch, "HMMA") if whole else "HMMA"
+        units = ("FFMA", "FFMA2") if case.kind == "fp32" else (unit,)
+        if not any(built.counts[name] for name in units):
+            found.append(f"no {' or '.join(units)}")
     if case.tma and not built.counts["UTMALDG"]:
         found.append("no UTMALDG")
     return found
@@ -71,10 +72,10 @@ def shipped(arch: int) -> Iterator[Case]:
         yield from _products(arch, kind, dtype, precision, candidates(arithmetic(dtype, precision), arch))
         if precision == "ieee":
             yield from _others(kind, dtype)
-        yield from _mlps(kind, dtype, precision)
+        yield from _mlps(arch, kind, dtype, precision)
     kind, dtype, precision = BF16               # the same code but for the type
     yield from _products(arch, kind, dtype, precision, candidates("half", arch)[:2])
-    yield from _mlps(kind, dtype, precision)
+    yield from _mlps(arch, kind, dtype, precision)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -145,9 +146,9 @@ def _others(kind: str, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(title, kind, None, make()[0])
 
 
-def _mlps(kind: str, dtype: torch.dtype, precision: str) -> Iterator[Case]:
+def _mlps(arch: int, kind: str, dtype: torch.dtype, precision: str) -> Iterator[Case]:
     vector = meta(128, dtype=torch.float32)
-    for widths in MLPS:
+    for widths in (w for w in MLPS if max(w) <= widest(dtype, precision, arch)):
         depth, layers = 784, []
         for n in widths:
             layers.append((meta(rounded(n), depth, dtype=dtype), vector, n, "relu"))

@@ -79,7 +79,7 @@ def head_launches(x: Tensor, b: Tensor, c: Tensor, n: int, images: int, channels
     """The launch for ``x [images * positions, >= channels]`` and ``b`` packed ``[>= n, >= channels]``; c ``[images, >=
     n]``, zeros from n on."""
     positions, width, residual = x.shape[0] // images, c.shape[1], epilogue.residual
-    across, deep = (128, 512) if INTERPRETED else (8, 128)
+    across, deep = (128, 512) if INTERPRETED else (8, 64)
     across, deep = power(min(across, width), 1), power(min(deep, channels), 16)
     args = {"x": x, "b": b, "c": c, "bias": epilogue.bias, "scale": epilogue.scale, "residual": residual, "M": images,
             "N": n, "NP": width, "P": positions, "C": channels, "ldx": x.stride(0), "ldb": b.stride(0),

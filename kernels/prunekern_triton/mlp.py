@@ -70,7 +70,7 @@ def pack_layer(weight: Tensor, bias: Tensor | None, columns: int) -> tuple[Tenso
 
 
 def mlp_launches(x: Tensor, layers: Sequence[Layer], c: Tensor, *, precision: str = "ieee") -> tuple[Launch, ...]:
-    """The launch of two or three layers that ``fits`` takes.
+    """The launch of two or three layers of at most ``widest`` outputs each.
 
     x: ``[M, K]``, lanes of a pitch included. Weights and biases: ``pack_layer``. c: ``[M, >= outputs]``, zeros beyond.
     """
@@ -104,6 +104,6 @@ def mlp_ref(x: Tensor, layers: Sequence[Layer]) -> Tensor:
     return x
 
 
-def fits(*outputs: int, kind: str = "half") -> bool:
-    """Whether layers of these widths go into one launch. kind: of ``configs.arithmetic``."""
-    return len(outputs) in (2, 3) and max(outputs) <= WIDEST
+def widest(dtype: torch.dtype, precision: str = "ieee", arch: int = 80) -> int:
+    """The most outputs that a layer may have."""
+    return 64 if arch >= 100 and arithmetic(dtype, precision) == "ieee" else WIDEST     # more spill there

@@ -152,6 +152,51 @@ def test_rows_of_tokens() -> None:
     assert not [name for name in used.values() if name in ("torch", "copy")], used
 
 
+class Groups(nn.Module):
+    """Whoever reads whole rows comes right behind groups of an odd width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(9, 21, 3, padding=1, groups=3), nn.Conv2d(21, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_behind_groups_there_are_zeros() -> None:
+    check(randomise_(Groups()).eval(), torch.randn(2, 9, 6, 5))
+
+
+class Lines(nn.Module):
+    """One channel, whose lines are rows for the next layer: what lies behind them is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.line = nn.Conv2d(3, 1, 3, padding=1), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(self.conv(x))
+
+
+def test_lines_of_an_image_are_rows() -> None:
+    check(randomise_(Lines()).eval(), torch.randn(2, 3, 6, 7))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "lenet"])
+def test_what_a_fusion_reads_lives_until_it_is_done(name: str) -> None:
+    model, (x,) = make(name, batch=2)
+    lowered = lower(model, x, backend="triton", verify=False)
+    placement = lowered.placement(lowered.signature([x]))
+    fused = placement._layout.kernels.fused
+    fusion = next(iter(fused.values()))
+    buffers, source = placement.arena.buffers, fusion.first.inputs[0].name
+    while source not in buffers:            # a view of it
+        source = lowered.program.producers()[source].inputs[0].name
+    a, b = buffers[source], buffers[fusion.last.output.name]
+    assert a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
+    assert a.last >= lowered.program.steps.index(fusion.last)
+
+
 def test_what_has_no_kernel_runs_through_torch_and_is_seen() -> None:
     """Other types, three dimensions, transposed convolutions."""
     for model, x in ((nn.Linear(5, 3).double(), torch.randn(2, 5).double()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,21 +12,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunekern_triton.activations import KINDS, REFERENCES
-from prunekern_triton.conv import conv, conv_ref
-from prunekern_triton.depthwise import depthwise, depthwise_ref, pool, pool_ref
+from prunekern_triton.conv import conv, conv_launches, conv_ref
+from prunekern_triton.depthwise import depthwise, depthwise_launches, depthwise_ref, pool, pool_launches, pool_ref
 from prunekern_triton.elementwise import KINDS as BINARY
-from prunekern_triton.elementwise import elementwise, elementwise_ref
+from prunekern_triton.elementwise import elementwise, elementwise_launches, elementwise_ref
 from prunekern_triton.epilogue import Epilogue
 from prunekern_triton.gemm import gemm, gemm_launches, gemm_ref
-from prunekern_triton.gemm_tma import gemm_tma
+from prunekern_triton.gemm_tma import gemm_tma, gemm_tma_launches
 from prunekern_triton.geometry import Window
-from prunekern_triton.head import head, head_ref, mean, mean_ref
-from prunekern_triton.launch import Config
-from prunekern_triton.mlp import mlp, mlp_ref, pack_layer, rounded
-from prunekern_triton.norm import group_norm, group_norm_ref, row_norm, row_norm_ref
+from prunekern_triton.head import head, head_launches, head_ref, mean, mean_launches, mean_ref
+from prunekern_triton.launch import Config, Launch
+from prunekern_triton.mlp import mlp, mlp_launches, mlp_ref, pack_layer, rounded
+from prunekern_triton.norm import (
+    group_norm,
+    group_norm_launches,
+    group_norm_ref,
+    row_norm,
+    row_norm_launches,
+    row_norm_ref,
+)
 from prunekern_triton.pack import pack_conv, pack_depthwise, pack_linear, pitch
-from prunekern_triton.softmax import softmax, softmax_ref
-from prunekern_triton.stem import im2col, im2col_ref, pack_stem, stem, stem_ref
+from prunekern_triton.softmax import softmax, softmax_launches, softmax_ref
+from prunekern_triton.stem import im2col, im2col_ref, pack_stem, stem, stem_launches, stem_ref
 
 pytestmark = pytest.mark.interp
 
@@ -118,6 +126,43 @@ def test_what_lies_behind_the_columns_is_zero_and_the_rest_untouched() -> None:
         assert not whole[1:41, 17:20].any()
         whole[1:41, 4:20] = 7.0
         assert (whole == 7.0).all()
+
+
+def wide(*shape: int) -> Tensor:
+    """A place for 13 columns that was in use before."""
+    return torch.full((*shape, 16), torch.nan)
+
+
+def test_every_kernel_writes_the_zeros_behind_its_columns() -> None:
+    x, image = torch.randn(12, 16), torch.randn(1, 4, 3, 16)
+    n, window = 13, Window.of((4, 3), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
+    after = Epilogue(activation="sigmoid")
+    layers = [(*pack_layer(torch.randn(n, k), torch.randn(n), columns), n, "sigmoid")
+              for k, columns in ((16, 16), (n, rounded(n)))]
+    makes: dict[str, Callable[[Tensor], tuple[Launch, ...]]] = {
+        "tma": lambda c: gemm_tma_launches(x, pack_linear(torch.randn(n, 16), 16), c, n, after, config=SMALL,
+                                           programs=1),
+        "conv": lambda c: conv_launches(image, pack_conv(torch.randn(n, 16, 1, 1), 1, 16), c, n, window, after),
+        "conv, split": lambda c: conv_launches(image, pack_conv(torch.randn(n, 16, 1, 1), 1, 16), c, n, window, after,
+                                               config=Config(16, 16, 16, split=2)),
+        "stem": lambda c: stem_launches(image, pack_stem(torch.randn(n, 16, 1, 1), 16), c, n, window, after),
+        "depthwise": lambda c: depthwise_launches(image, torch.randn(1, 16), c, n, window, after),
+        "max": lambda c: pool_launches(image, c, n, window, "max"),
+        "mean": lambda c: pool_launches(image, c, n, window, "avg"),
+        "global mean": lambda c: mean_launches(x, c, n, 12),
+        "head": lambda c: head_launches(x, torch.randn(16, 16), c, n, 12, 16, after),
+        "mlp": lambda c: mlp_launches(x, layers, c),
+        "softmax": lambda c: softmax_launches(x, c, n), "log": lambda c: softmax_launches(x, c, n, True),
+        "row norm": lambda c: row_norm_launches(x, c, n, None, None, 1e-5),
+        "group norm": lambda c: group_norm_launches(x, c, 1, 1, n, None, None, 1e-5),
+        "elementwise": lambda c: elementwise_launches(x, (16, 0, 1), c, n, 1, activation="sigmoid")}
+    for name, make in makes.items():
+        c = wide(12)
+        for launch in make(c):
+            launch()
+        assert c[:, :n].isfinite().all(), name
+        assert c[:, :n].any(1).all(), name
+        assert (c[:, n:] == 0).all(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

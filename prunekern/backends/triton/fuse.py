@@ -11,7 +11,7 @@ import torch
 
 from prunekern.core.program import Program, Slot, Step
 from prunekern_triton.activations import takes
-from prunekern_triton.mlp import WIDEST
+from prunekern_triton.mlp import widest
 
 IMAGES = 64             # of a batch, at most, for a classifier that pools itself
 POSITIONS = 256         # of an image, at most, there
@@ -36,7 +36,7 @@ class Fusion:
         return self.steps[-1]
 
 
-def fusions(program: Program, batch: int) -> dict[str, Fusion]:
+def fusions(program: Program, batch: int, precision: str, arch: int) -> dict[str, Fusion]:
     """Step name -> its fusion."""
     consumers = program.consumers()
     leaving = {slot.name for slot in program.output_slots}
@@ -51,7 +51,7 @@ def fusions(program: Program, batch: int) -> dict[str, Fusion]:
     for step in program.steps:
         if step.name in found:
             continue
-        chain = _head(step, only, program, batch) or _mlp(step, only, program, batch)
+        chain = _head(step, only, program, batch) or _mlp(step, only, program, batch, precision, arch)
         if chain is not None:
             found.update({each.name: chain for each in chain.steps})
     return found
@@ -89,22 +89,23 @@ def is_global_mean(step: Step, batch: int) -> bool:
     return step.op == "adaptive_pool" and at["kind"] == "avg" and all(size == 1 for size in at["size"])
 
 
-def _mlp(step: Step, only: Only, program: Program, batch: int) -> Fusion | None:
+def _mlp(step: Step, only: Only, program: Program, batch: int, precision: str, arch: int) -> Fusion | None:
     """Two or three linear layers, none of them wide."""
     steps: list[Step] = []
+    most = widest(step.output.dtype, precision, arch) if step.outputs else 0
     current: Step | None = step
-    while current is not None and len(steps) < 3 and _is_layer(current, program, batch):
+    while current is not None and len(steps) < 3 and _is_layer(current, program, batch, most):
         steps.append(current)
         current = only(current.output)        
     return Fusion("mlp", tuple(steps)) if len(steps) > 1 else None
 
 
-def _is_layer(step: Step, program: Program, batch: int) -> bool:
+def _is_layer(step: Step, program: Program, batch: int, most: int) -> bool:
     if step.op != "linear" or len(step.inputs[0].shape) != 2 or step.output.dtype not in DTYPES:
         return False
     activation, weight = step.epilogue.activation, program.weights[step.weights["weight"]]
     same = weight.dtype == step.output.dtype == step.inputs[0].dtype
-    return (same and len(weight) <= WIDEST and step.epilogue.residual is None and 0 < step.output.at(batch)[0] <= ROWS
+    return (same and len(weight) <= most and step.epilogue.residual is None and 0 < step.output.at(batch)[0] <= ROWS
             and (activation is None or (not activation.constants and takes(activation.kind))))
 
 

@@ -32,8 +32,10 @@ def place(program: Program, signature: Signature, options: Options, packs: dict[
           hasty: bool = False) -> Placement:
     """Raises LoweringError where a step cannot run or the device has no memory for it."""
     with on(signature.device):
-        kernels = DeviceKernels({**COMPILERS, "recurrent": recurrent}, lambda step, batch: True, VIEWS, options,
-                                fusions(program, signature.batch), packs, Selector(options, signature.device, hasty))
+        selector = Selector(options, signature.device, hasty)
+        fused = fusions(program, signature.batch, options.precision, selector.arch)
+        kernels = DeviceKernels({**COMPILERS, "recurrent": recurrent}, lambda step, batch: True, VIEWS, options, fused,
+                                packs, selector)
         try:
             return TritonPlacement(program, signature, kernels, hasty)
         except torch.OutOfMemoryError as error:
