@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "fp16 weights": torch.float32, "bf16": torch.bf
           "tf32": torch.float32, "fp16": torch.float16}
 OPT_IN: dict[str, dict[str, dict[str, Any]]] = {                # backend -> precision -> options of ``lower``
     "cpu": {"fp16 weights": {"weights": "fp16"}, "bf16": {"dtype": "bf16"}},
-    "triton": {"tf32": {"precision": "tf32"}, "fp16": {}}}      # fp16: the model itself is in it
+    **{name: {"tf32": {"precision": "tf32"}, "fp16": {}} for name in ("triton", "cuda")}}     # fp16: the model is in it
 ON_GPU = ("fp32", "tf32", "fp16")                               # leagues there; each has its peers
 
 
