@@ -130,10 +130,10 @@ def problem(op: str = "gemm", m: int = 4096, **changes: Any) -> Any:
 @triton
 def test_the_fastest_is_kept_on_disk_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = Bench({"TMA 128x64": 0.1, "TMA": 0.5})
+    first = Bench({"TMA 128x64": 0.1, "TMA": 0.5}, "full")
     assert str(first.select(problem(), True)).startswith("TMA 128x64x64")
     assert any(not name.startswith("TMA") for name in first.asked)
-    again = Bench({})
+    again = Bench({}, "full")
     assert str(again.select(problem(), True)).startswith("TMA 128x64x64")
     assert again.asked == []
     for other in (problem(m=4097), problem(dtype=torch.bfloat16), problem(more="residual")):
@@ -151,7 +151,7 @@ def test_the_fastest_is_kept_on_disk_and_not_measured_again(tmp_path: Path, monk
 @triton
 def test_what_does_not_run_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    bench = Bench({"64x": 0.2, "": -1})
+    bench = Bench({"64x": 0.2, "": -1}, "full")
     assert str(bench.select(problem("conv"))).startswith("64x")
     none = Bench({"": -1})
     assert none.select(problem("conv", m=999)) == none.selector.guess(problem("conv", m=999))

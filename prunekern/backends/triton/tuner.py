@@ -27,7 +27,7 @@ log = logging.getLogger("prunekern")
 
 VERSION = 1             # of what is on disk; kernels that change much are a new one
 TMA, IM2COL = "TMA", "im2col"
-LIKELY = 5              # candidates of a "quick" measurement
+LIKELY = 3              # tiles of a "quick" measurement; compiling one takes about a second, once
 REPEATS, ROUNDS = 10, 5
 MOST = 1 << 28          # bytes that explicit im2col may take
 
@@ -91,12 +91,13 @@ class Selector:
         kind = configs.arithmetic(problem.dtype, problem.precision)
         others = [Variant("", c) for c in configs.ranked(kind, self.arch, problem.m, problem.n, problem.k, self.units,
                                                           problem.op)]
-        most = len(others) if self.mode == "full" else LIKELY
-        found = list(dict.fromkeys([guess, *others[:most]]))
+        full = self.mode == "full"
+        found = list(dict.fromkeys([guess, *others[:len(others) if full else LIKELY]]))
         if fits_tma and self.arch >= 90 and kind in gemm_tma.CONFIGS and problem.m >= 64:
-            found += [Variant(TMA, c) for c in gemm_tma.CONFIGS[kind]]
+            found += [Variant(TMA, c) for c in gemm_tma.CONFIGS[kind][:None if full else 1]]
         if problem.op in ("conv", "stem") and problem.m * problem.k * problem.dtype.itemsize <= MOST:
-            found += [Variant(IM2COL, c) for c in dict.fromkeys([guess.config, *(v.config for v in others[:2])])]
+            tiles = dict.fromkeys([guess.config, *(v.config for v in others[:2 if full else 0])])
+            found += [Variant(IM2COL, c) for c in tiles]
         return found
 
     def _fastest(self, variants: Sequence[Variant], make: Make) -> Variant | None:
