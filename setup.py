@@ -83,9 +83,7 @@ class OptionalBuildExt(build_ext):
         if reason is None:
             try:
                 self.add_torch(ext)
-                ext.extra_objects = self.compile_kernels()
-                if build_mode() == "cuda":
-                    self.add_cuda(ext)
+                ext.extra_objects = self.compile_all()
                 super().build_extension(ext)
             except (BaseError, CCompilerError, OSError) as error:
                 say(str(error))
@@ -118,36 +116,37 @@ class OptionalBuildExt(build_ext):
             return f"torch cannot be imported by the build ({error}); install torch, then: {REBUILD}"
         return None
 
-    def compile_kernels(self) -> list[str]:
-        """The kernel units' objects, one per unit and instruction set; what is up to date is left alone."""
-        jobs = [(unit, isa, Path(self.build_temp) / isa) for unit in sorted(Path("csrc/cpu/kernels").glob("*.cpp"))
-                for isa in INSTRUCTION_SETS]
+    def compile_all(self) -> list[str]:
+        """Objects of all units that need no torch, in parallel; what is up to date is left alone."""
+        cuda, objects = self.compile_cuda()
+        units = [(unit, isa, [f"-DPK_ISA={isa}", *KERNEL_FLAGS, *INSTRUCTION_SETS[isa]])
+                 for unit in sorted(Path("csrc/cpu/kernels").glob("*.cpp")) for isa in INSTRUCTION_SETS]
+        engine = sorted(Path("csrc/cuda").glob("*.cpp")) if cuda else []
+        units += [(unit, "api", [*FLAGS, *cuda]) for unit in (*sorted(Path("csrc/api").glob("*.cpp")), *engine)]
 
-        def compile_one(job: tuple[Path, str, Path]) -> str:
-            unit, isa, folder = job
-            (target,) = self.compiler.object_filenames([str(unit)], output_dir=str(folder))
-            flags = [*KERNEL_FLAGS, *INSTRUCTION_SETS[isa], *EXTRA_FLAGS]
+        def compile_one(job: tuple[Path, str, list[str]]) -> str:
+            unit, folder, flags = job
+            where = str(Path(self.build_temp) / folder)
+            (target,) = self.compiler.object_filenames([str(unit)], output_dir=where)
+            flags = [*flags, *EXTRA_FLAGS]
             if self.force or is_stale(Path(target), " ".join(flags)):
-                self.compiler.compile([str(unit)], output_dir=str(folder), macros=[("PK_ISA", isa)],
-                                      extra_postargs=[*flags, "-MMD"])
+                self.compiler.compile([str(unit)], output_dir=where, extra_postargs=[*flags, "-MMD"])
                 Path(target).with_suffix(".flags").write_text(" ".join(flags))
             return target
         with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
-            return list(workers.map(compile_one, jobs))
+            return [*workers.map(compile_one, units), *objects]
 
-    def add_cuda(self, ext: Extension) -> None:
-        """The CUDA kernels' objects and their engine; or a note why there are none."""
+    def compile_cuda(self) -> tuple[list[str], list[str]]:
+        """Flags for what calls the CUDA kernels, and their objects with the runtime; or nothing, and a note why."""
+        if build_mode() != "cuda":
+            return [], []
         found = nvcc.find()
         if found is None:
             say("NOTE: no nvcc was found (CUDA_HOME, PATH); building without CUDA.")
-            return
+            return [], []
         objects, report = nvcc.compile_all(found, Path(self.build_temp) / "cuda", self.force)
         say(f"CUDA kernels for {', '.join(nvcc.targets(found))}: {report}")
-        ext.extra_objects += objects
-        ext.sources += sorted(map(str, Path("csrc/cuda").glob("*.cpp")))
-        ext.define_macros += [("PK_CUDA", "1")]
-        ext.include_dirs += [str(found.home / "include")]
-        ext.extra_link_args += [*nvcc.link_flags(found)]
+        return ["-DPK_CUDA=1", f"-I{found.home / 'include'}"], [*objects, str(nvcc.runtime(found))]
 
     def add_torch(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -164,18 +163,16 @@ setup(
     ext_modules=[
         Extension(
             "prunekern._C",
-            sources=sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp"),
-                                     *Path("csrc/api").glob("*.cpp")])),
+            sources=sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
             depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.def"),
-                                    *Path("csrc/cpu/kernels").glob("*.cpp"), *Path("csrc/cuda").rglob("*.cu"),
-                                    *Path("csrc/cuda").glob("*.cpp")])),
+                                    *Path("csrc").glob("*/kernels/*.c*"), *Path("csrc").glob("*/*.cpp")])),
             define_macros=[
                 *([("PK_X86", "1")] if X86 else []),
                 ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # torch 2.11's stable ABI
                 ("Py_LIMITED_API", "0x030b0000"),
             ],
             extra_compile_args=[*FLAGS, *EXTRA_FLAGS],
-            extra_link_args=["-pthread", *EXTRA_FLAGS],
+            extra_link_args=["-pthread", "-ldl", *EXTRA_FLAGS],
             libraries=["torch_cpu"],
             language="c++",
             py_limited_api=True,

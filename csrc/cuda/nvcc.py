@@ -81,10 +81,10 @@ def flags(nvcc: Nvcc, source: Path) -> list[str]:
     return [*FLAGS, *codes, f"-gencode=arch=compute_{PTX},code=compute_{PTX}"]
 
 
-def link_flags(nvcc: Nvcc) -> list[str]:
+def runtime(nvcc: Nvcc) -> Path:
     """The runtime, linked in statically: torch brings another one or none, and the driver serves both."""
     runtimes = [nvcc.home / name / "libcudart_static.a" for name in ("lib64", "lib")]
-    return [str(next((file for file in runtimes if file.is_file()), runtimes[0])), "-ldl", "-lrt", "-lpthread"]
+    return next((file for file in runtimes if file.is_file()), runtimes[0])
 
 
 def compile_all(nvcc: Nvcc, folder: Path, force: bool = False) -> tuple[list[str], str]:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def load(file: Path) -> object:
     spec = importlib.util.spec_from_file_location(file.stem + "_script", file)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)      # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 

@@ -81,7 +81,7 @@ def test_hopper_and_blackwell_take_every_kernel_of_a_file(nvcc: Any, tmp_path: P
 def test_shared_memory_of_tiles_fits_every_target(tmp_path: Path) -> None:
     program = tmp_path / "tiles"
     (tmp_path / "tiles.cpp").write_text(
-        '#include "cuda/args.h"\n#include <cstdio>\nusing namespace pk::cuda;\n'
+        '#include "cuda/args.h"\n#include <cstdio>\n#include <initializer_list>\nusing namespace pk::cuda;\n'
         'int main() { for (Tile t : {Tile::t32, Tile::t64, Tile::t128}) std::printf("%d\\n", gemm_shared(t)); }\n')
     subprocess.run([*host.compiler(), "-std=c++17", f"-I{host.ROOT / 'csrc'}", str(tmp_path / "tiles.cpp"), "-o",
                     str(program)], check=True)
