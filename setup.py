@@ -84,7 +84,11 @@ class OptionalBuildExt(build_ext):
             try:
                 self.add_torch(ext)
                 ext.extra_objects = self.compile_all()
+                linked, objects = Path(self.build_temp) / "linked.txt", "\n".join(ext.extra_objects)
+                if not linked.is_file() or linked.read_text() != objects:
+                    self.force = True      # setuptools compares times only: with and without CUDA are other binaries
                 super().build_extension(ext)
+                linked.write_text(objects)
             except (BaseError, CCompilerError, OSError) as error:
                 say(str(error))
                 reason = f"{os.environ['CXX']} could not build it; `{REBUILD} -v` shows its output"
