@@ -374,3 +374,13 @@ class Edges(nn.Module):
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         return x.index_add(0, edges[0], x[edges[1]])
+
+
+def test_rows_that_a_small_batch_lacks() -> None:
+    """Four rows of many are four, of two they are two: a graph for any batch holds for two as well."""
+    net = Net(lambda net, x: x[:4])
+    with pytest.raises(Unclear):
+        twice(net, torch.randn(6, 3, 6, 6))
+    graph = trace(net.eval(), torch.randn(6, 3, 6, 6))
+    assert not graph.free_batch or graph.batch == 2
+    assert_replays(net, graph, torch.randn(6, 3, 6, 6))
