@@ -4,8 +4,8 @@ handed over, and the sizes that attention modules store are corrected after prun
 Where a network has heads, both documented ways (narrower heads, fewer heads) are tried, and the better one counts.
 
 What it removed is read off the weights: they hold their own positions while it prunes. The reference is the original
-network with every removed entry of every parameter set to zero. Norms over channels have no exact restriction to fewer
-channels; here, in its favour, the reference normalises what is left, too.
+network with every removed entry of every parameter set to zero. Its norms over channels run on what is left, which is
+not what zeros would give; here, in its favour, the reference normalises what is left, too.
 """
 
 from __future__ import annotations
