@@ -1,8 +1,8 @@
 """Every numeric limit of the test suite.
 
-An error is measured against the same computation in fp64 and is relative to the largest reference value:
-An error is measured against the same computation in fp64, relative to the largest reference value:
-dtype) plus a floor of a few roundings of the result's own dtype, since torch's error can be zero by luck.
+An error is measured against the same computation in fp64, relative to the largest reference value; limits are multiples
+of torch's own error (the same network in the same dtype) plus a floor of a few roundings of the result's own dtype,
+since torch's error can be zero by luck.
 """
 
 from __future__ import annotations

@@ -137,10 +137,17 @@ def _original(done: list[Step], pruned: Pruned) -> dict[str, int]:
 def identity_of(model: nn.Module, groups: Groups, settings: Any, options: Mapping[str, Any]) -> str:
     """What a checkpoint must have been made from: the same graph, weights and settings."""
     digest = hashlib.sha256((groups.fingerprint() + model_digest(model)).encode())
-    plain = {name: value if isinstance(value, (str, int, float, bool, tuple, list, type(None))) else
-             getattr(value, "__qualname__", type(value).__name__) for name, value in options.items()}
-    digest.update(json.dumps([settings, plain], sort_keys=True, default=str).encode())
+    digest.update(json.dumps([settings, _plain(options)], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON tells one from another: values are themselves, functions and data their names."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (str, int, float, bool, tuple, list, type(None))):
+        return value
+    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def model_digest(model: nn.Module) -> str:

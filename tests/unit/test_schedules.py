@@ -106,6 +106,12 @@ def test_a_checkpoint_of_another_schedule_is_refused(trained: Net, tmp_path: Pat
         schedule.run(trained, groups, Target(macs=0.4), steps=2, schedule="linear", checkpoint=tmp_path)
 
 
+def test_a_checkpoint_knows_what_is_inside_its_options(trained: Net) -> None:
+    groups = groups_of(trained, X)
+    some, others = (schedule.identity_of(trained, groups, None, {"reconstruct": {"passes": n}}) for n in (0, 16))
+    assert some != others
+
+
 def test_the_policy_holds_in_every_step(trained: Net) -> None:
     """Output features may leave: also in the second step, and the plan of all steps says which are left."""
     groups = groups_of(trained, X, policy={"outputs": True})
