@@ -81,7 +81,7 @@ def test_a_refused_forward_is_explained_by_a_part_that_passes() -> None:
 
 
 def test_a_part_that_holds_some_of_its_channels_explains_with_its_reason() -> None:
-    held = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    held = nn.Sequential(nn.Linear(4, 8), nn.Softmax(-1), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
 
     class Held(Branch):
         def __init__(self) -> None:
@@ -90,7 +90,7 @@ def test_a_part_that_holds_some_of_its_channels_explains_with_its_reason() -> No
     part = zoo_case.examine(some(Held), "prunekern", quiet).facts["part"]
     assert (part["status"], part["name"]) == ("EXPLAINED", "body")
     assert zoo_case.SHARE < part["ratio"] <= zoo_case.SMALLER
-    assert "layer_norm" in part["frozen"][0]
+    assert "softmax" in part["frozen"][0]
 
 
 def test_a_refused_forward_is_a_failure_where_no_part_passes() -> None:
@@ -185,10 +185,10 @@ def test_attention_modules_are_counted_in_full() -> None:
 
 
 def test_what_holds_channels_back_is_said() -> None:
-    name = "layer_norm_block"
-    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    name = "softmax_block"
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softmax(-1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     case = zoo_case.examine(Architecture("some", name, lambda: (model, torch.randn(2, 4))), "prunekern", quiet)
-    assert "layer_norm" in case.frozen[0]
+    assert "softmax" in case.frozen[0]
     assert "channels)" in case.frozen[0]
 
 
