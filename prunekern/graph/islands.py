@@ -45,7 +45,7 @@ class Exchangeable:
             return True
         path = owner(node)[0]
         module = self.module(path)
-        return module is not None and (own_norm(module) or self.island(path) is not None)
+        return module is not None and (counted_class(module) or self.island(path)) is not None
 
     def _inside(self, path: str) -> list[fx.Node]:
         """What the module at a path and its children do, in order."""
@@ -89,6 +89,7 @@ def _same(node: fx.Node, given: fx.Node) -> bool:
     return node.target in CASTS and node.args[0] is given and node.meta["val"].dtype == given.meta["val"].dtype
 
 
-def own_norm(module: nn.Module) -> bool:
-    """Whether a module is one of torch's norms, with torch's own forward."""
-    return any(type(module).forward in (plain.forward, counted.forward) for plain, counted in CLASSES)
+def counted_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that counts, for a module that is one of torch's norms with torch's own forward; else None."""
+    forward = type(module).forward
+    return next((counted for plain, counted in CLASSES if forward in (plain.forward, counted.forward)), None)

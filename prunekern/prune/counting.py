@@ -6,10 +6,10 @@ import inspect
 
 from torch import Tensor, fx, nn
 
-from prunekern.core.counted import CLASSES, of
+from prunekern.core.counted import of
 from prunekern.core.graph import owner
 from prunekern.core.rule import Registry
-from prunekern.graph.islands import Exchangeable, Island, own_norm
+from prunekern.graph.islands import Exchangeable, Island, counted_class
 from prunekern.graph.labels import Labels
 from prunekern.prune.rewrite import NewSizes, emit
 
@@ -35,10 +35,9 @@ def count(sliced: nn.Module, labels: Labels, keep: Tensor, registry: Registry) -
             continue
         done.add(path)
         module = sliced.get_submodule(path)
-        if own_norm(module):
+        if (kind := counted_class(module)) is not None:
             module.of = number  # type: ignore[assignment]
-            module.__class__ = next(counted for pair in CLASSES for counted in pair[1:]
-                                    if type(module).forward in (pair[0].forward, counted.forward))
+            module.__class__ = kind
         elif (island := exchangeable.island(path)) is not None:
             _put(sliced, module, _rebuilt(module, island, labels, keep, registry))
 

@@ -261,6 +261,11 @@ class ReferencePlacement:
             kernel()
             sync()
             seconds = time.perf_counter() - start
-            observe(step, tuple(self._logical(slot, self._values[index[slot.name]]) for slot in step.outputs), seconds)
+            observe(step, tuple(self._logical(slot, self._values[index[slot.name]]) for slot in self._shown(step)),
+                    seconds)
             for i in free:
                 self._values[i] = None
+
+    def _shown(self, step: Step) -> Sequence[Slot]:
+        """The outputs of a step that an observer is given."""
+        return step.outputs

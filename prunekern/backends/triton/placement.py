@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from prunekern.backends.base import Observe, Placement, Signature
 from prunekern.backends.explain import WITHIN
-from prunekern.backends.reference.engine import ReferencePlacement, waiter
+from prunekern.backends.reference.engine import ReferencePlacement
 from prunekern.backends.reference.recurrent import recurrent
 from prunekern.backends.reference.simple import VIEWS
 from prunekern.backends.triton.fuse import fusions
@@ -206,20 +205,9 @@ class TritonPlacement(ReferencePlacement):
         n, channels, *sizes = self._flat[slot.name]
         return value.view(n, *sizes, columns)[..., :channels].movedim(-1, 1).flatten(1)
 
-    def _observed(self, observe: Observe) -> None:
-        sync = waiter(self.signature.device)
-        index = {name: i for i, name in enumerate(self.program.slots())}
-        for step, kernel, free in zip(self.program.steps, self._kernels, self._free, strict=True):
-            sync()
-            start = time.perf_counter()
-            kernel()
-            sync()
-            seconds = time.perf_counter() - start
-            hidden = self.algorithms.get(step.name, "").startswith(WITHIN)
-            observe(step, () if hidden else tuple(self._logical(slot, self._values[index[slot.name]])
-                                                  for slot in step.outputs), seconds)
-            for i in free:
-                self._values[i] = None
+    def _shown(self, step: Step) -> Sequence[Slot]:
+        """None of a step that is computed within another."""
+        return () if self.algorithms.get(step.name, "").startswith(WITHIN) else step.outputs
 
     def _is_plain(self) -> bool:
         inputs, outputs = self.program.input_slots, self.program.output_slots
